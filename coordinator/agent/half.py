@@ -1,0 +1,191 @@
+"""What the two halves of a transaction share: phases with their times, deeds, and endings that nothing interrupts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from coordinator.agent.criu import Checkpointer
+from coordinator.agent.deeds import Deeds, Undoer
+from coordinator.agent.images import ImageSpace
+from coordinator.agent.memory.copying import MemorySource
+from coordinator.agent.memory.filling import FillingMemory
+from coordinator.agent.network import ServiceNetwork
+from coordinator.agent.priority import Pace
+from coordinator.agent.runtimes.base import Runtime
+from coordinator.errors import AgentFailed, DeadlineExceeded, Interrupted, LivemoveError
+from coordinator.events import Event, EventSink
+from coordinator.journal import Journal, Phase
+from coordinator.protocol import HalfResult, MemoryPolicy, MigrationPlan, Outcome, PhaseTime
+
+R = TypeVar("R")
+
+PROGRESS_INTERVAL_MS = 100.0
+
+#: Seconds on a clock that only goes forward; ``time.monotonic`` but in tests.
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The doors of one half to its host, handed in: real ones from ``server.py``, fakes in unit tests."""
+
+    runtime: Runtime
+    criu: Checkpointer
+    images: ImageSpace
+    network: ServiceNetwork
+    memory_source: Callable[[MemoryPolicy], MemorySource]
+    memory_destination: Callable[[str], FillingMemory]
+    pace: Callable[[Pace], None]
+    wait_gone: Callable[[int, int], Coroutine[Any, Any, bool]]
+    start_time: Callable[[int], int | None]
+
+
+class Half:
+    """Base of the source half and the destination half. ``lingering``: what goes on after it ended in doubt, and what
+    its agent stays alive for."""
+
+    lingering: asyncio.Future[None] | None = None
+
+    def __init__(
+        self, host: str, plan: MigrationPlan, journal: Journal, adapters: Adapters, *, sink: EventSink, clock: Clock
+    ) -> None:
+        self.plan = plan
+        self.journal = journal
+        self.host = host
+        self.runtime = adapters.runtime
+        self.criu = adapters.criu
+        self.images = adapters.images
+        self.network = adapters.network
+        self.adapters = adapters
+        self.deeds = Deeds(journal, self.undoers())
+        self.warnings: list[str] = []
+        self._sink = sink
+        self.clock = clock
+        self._began = clock()
+        self._progress_at = 0.0
+        self._entered: list[tuple[Phase, float]] = []
+
+    def undoers(self) -> dict[str, Undoer]:
+        """How each deed of this half is undone."""
+        raise NotImplementedError
+
+    def enter(self, phase: Phase, *, durable: bool = False, reason: str = "") -> None:
+        """Record a phase in the journal, then tell of it."""
+        self.journal.enter(phase, durable=durable, reason=reason)
+        self._entered.append((phase, self.elapsed_ms()))
+        self._sink(Event(kind="phase", name=phase.value, host=self.host, at_ms=self.elapsed_ms(), detail=reason))
+
+    def abort(self, error: LivemoveError) -> None:
+        """Enter ABORTED. With a disk that takes no record the roll-back goes on all the same: without COMMITTED a
+        source's hook thaws the tasks, and a destination's goes on holding them (I1, I3)."""
+        try:
+            self.enter(Phase.ABORTED, durable=True, reason=f"{error.code}: {error.message}")
+        except OSError as failure:
+            self.journal.state.phase = Phase.ABORTED
+            self.warn(f"the journal on {self.host} cannot be written: {failure}")
+
+    def let_go(self) -> None:
+        """This half is over: CRIU, if it is still held, goes on by what the journal says."""
+        raise NotImplementedError
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Tell how many bytes of how many are done, at most every 100 ms."""
+        at_ms = self.elapsed_ms()
+        if at_ms - self._progress_at < PROGRESS_INTERVAL_MS and done < total:
+            return
+        self._progress_at = at_ms
+        event = Event(
+            kind="progress",
+            name=name,
+            host=self.host,
+            at_ms=at_ms,
+            done=done,
+            total=total,
+            unit="bytes",
+            state="started",
+        )
+        self._sink(event)
+
+    def warn(self, *warnings: str) -> None:
+        """Tell of something that went wrong without changing the outcome."""
+        self.warnings.extend(warnings)
+        for warning in warnings:
+            self._sink(Event(kind="notice", name="WARNING", host=self.host, at_ms=self.elapsed_ms(), detail=warning))
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since this half began."""
+        return (self.clock() - self._began) * 1000
+
+    def record_criu(self, name: str) -> Callable[[int], None]:
+        """A callback that records the pid of a CRIU command, so that a recovery can wait for its end.
+
+        Not durable, because it may lie in the freeze; with the host, CRIU would be gone too."""
+
+        def started(pid: int) -> None:
+            try:
+                self.deeds.record(name, durable=False, pid=pid, started=self.adapters.start_time(pid) or 0)
+            except OSError as failure:  # it runs, and we hold it: only a recovery would miss this
+                self.warn(f"the journal on {self.host} cannot be written: {failure}")
+
+        return started
+
+    async def wait_criu(self, params: dict[str, Any]) -> None:
+        """Wait until the CRIU command of a deed has ended; its hook has been told by the journal what to do."""
+        if params.get("pid") and not await self.adapters.wait_gone(params["pid"], params["started"]):
+            raise AgentFailed(f"CRIU (pid {params['pid']}) is still running", "Look at that process.")
+
+    def finished(self, phase: Phase) -> None:
+        """Enter the last phase, unless something could not be undone: then a recovery finds it unfinished."""
+        if self.journal.state.deeds:
+            self.warn(f"{self.host} is not clean: finish with `livemove recover {self.plan.id}`")
+            return
+        try:
+            self.enter(phase, durable=True)
+        except OSError as failure:
+            self.warn(f"the journal on {self.host} cannot be written: {failure}")
+
+    def result(self, outcome: Outcome, error: LivemoveError | None = None, **values: Any) -> HalfResult:
+        """The half's result with its phases and warnings."""
+        ends = [*(at for _, at in self._entered), self.elapsed_ms()][1:]
+        phases = tuple(
+            PhaseTime(name=phase.value, start_ms=round(start, 3), ms=round(end - start, 3))
+            for (phase, start), end in zip(self._entered, ends, strict=True)
+        )
+        return HalfResult(
+            outcome=outcome,
+            phase=self.journal.phase,
+            phases=phases,
+            warnings=tuple(self.warnings),
+            error=None if error is None else error.to_wire(),
+            **values,
+        )
+
+
+#: All reasons for which a half gives up. Also a defect of ours leaves the service running where it was.
+ANY_REASON = (Exception, asyncio.CancelledError)
+
+
+def as_livemove_error(error: BaseException, doing: str) -> LivemoveError:
+    """Any reason for which a half stops, as an error with a code."""
+    if isinstance(error, LivemoveError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return Interrupted(f"interrupted {doing}")
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded(f"deadline passed {doing}")
+    return AgentFailed(f"{type(error).__name__} {doing}: {error}")
+
+
+async def uninterrupted(work: Coroutine[Any, Any, R]) -> R:
+    """Run ``work`` to its end although this task is cancelled meanwhile: roll-back and what follows the commit point
+    are not given up halfway. The work itself is bounded by its deadlines."""
+    task = asyncio.ensure_future(work)
+    while True:
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise

@@ -1,0 +1,63 @@
+"""What the destination takes in before the restore: pages in rounds, then the images with the last pages."""
+
+from __future__ import annotations
+
+import asyncio
+
+from coordinator.agent.channel import Channel, peer_aborted
+from coordinator.agent.images import ImageSpace
+from coordinator.agent.memory.filling import FillingMemory
+from coordinator.agent.memory.store import PAGE_BYTES
+from coordinator.agent.messages import Divert, GiveUp, ImageChunk, ImagesComplete, RoundEnd, RoundStored, StoredParts
+from coordinator.errors import ProtocolError
+
+_PAGES_AT_ONCE = 1024
+
+
+async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemory | None) -> None:
+    """Store what the copying source sends, and what a runtime has written before its dump, until ``Divert``."""
+    while True:
+        message, payload = await link.receive()
+        if isinstance(message, Divert):
+            return
+        if isinstance(message, ImageChunk):
+            images.write(message.name, message.offset, payload)
+        elif isinstance(message, RoundEnd):
+            if memory is not None:
+                memory.take(message, payload)
+            await link.send(RoundStored(n=message.n))
+        elif isinstance(message, GiveUp):
+            raise peer_aborted(message)
+        elif memory is None or not memory.take(message, payload):
+            raise ProtocolError(f"the source sent {type(message).__name__} where Divert was due")
+
+
+async def receive_images(link: Channel, images: ImageSpace, memory: FillingMemory | None) -> tuple[bool, int]:
+    """Receive the images and the last pages: whether more pages are to be fetched later, and the images' bytes."""
+    received = 0
+    while True:
+        message, payload = await link.receive()
+        if memory is not None and memory.take(message, payload):
+            continue
+        if isinstance(message, ImageChunk):
+            images.write(message.name, message.offset, payload)
+            received += len(payload)
+        elif isinstance(message, StoredParts) and memory is not None:
+            await asyncio.to_thread(_write_stored, message, images, memory)
+        elif isinstance(message, ImagesComplete):
+            if (here := images.sizes()) != message.sizes:
+                raise ProtocolError(f"images of {sum(here.values())} bytes, {sum(message.sizes.values())} were sent")
+            return message.pages_later, received
+        elif isinstance(message, GiveUp):
+            raise peer_aborted(message)
+        else:
+            raise ProtocolError(f"the source sent {type(message).__name__} among the images")
+
+
+def _write_stored(message: StoredParts, images: ImageSpace, memory: FillingMemory) -> None:
+    """Put pages that came in the rounds where they belong in an image."""
+    for offset, start, count in zip(message.offsets, message.starts, message.counts, strict=True):
+        for first in range(0, count, _PAGES_AT_ONCE):
+            done = first * PAGE_BYTES
+            content = memory.content(message.pid, start + done, min(_PAGES_AT_ONCE, count - first))
+            images.write(message.name, offset + done, content)

@@ -1,0 +1,315 @@
+"""The source's side of memory: pre-copy rounds while the service runs, the last pages while it is frozen, and, in
+post-copy, pages on demand from the frozen tasks until the destination has them all.
+
+Sent are the pages that CRIU leaves to its lazy-pages daemon, private anonymous memory, and anonymous shared memory (see
+``shared.py``). CRIU's images have the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from coordinator.agent.channel import Channel, expect, peer_aborted
+from coordinator.agent.images import ImageSpace
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
+from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
+from coordinator.agent.memory.pages import PageData, read_pages
+from coordinator.agent.memory.ptrace import TargetGone
+from coordinator.agent.memory.shared import SharedMemory, Span
+from coordinator.agent.memory.tree import inner_pid
+from coordinator.agent.messages import (
+    ChannelMessage,
+    DroppedPages,
+    FetchedPages,
+    FetchPages,
+    GiveUp,
+    PageBatch,
+    ProcessGone,
+    RoundEnd,
+    RoundStored,
+)
+from coordinator.agent.process import start_time
+from coordinator.agent.tasks import process_tree
+from coordinator.errors import MemoryLost, NotConverging, ProtocolError, WorkloadNotRunning
+from coordinator.protocol import MemoryPolicy, Mode, RoundResult
+
+T = TypeVar("T")
+
+#: Runs named in one message; the header stays far below the channel's bound.
+_RUNS_PER_MESSAGE = 4096
+
+
+def processes_of(root_pid: int) -> dict[int, int]:
+    """The processes of a tree: pid in CRIU's images → pid here."""
+    return {inner_pid(pid): pid for pid in process_tree(root_pid)}
+
+
+class Trackers(Protocol):
+    """All processes of the workload (``tree.TreeTracker``)."""
+
+    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
+        """What changed in each process since the last call."""
+
+    def take_gone(self) -> tuple[int, ...]:
+        """Inner pids of processes that have gone since the last call."""
+
+    def close(self) -> None:
+        """Remove every trace from the processes."""
+
+
+#: Reads runs of pages out of a process.
+ReadPages = Callable[[int, Iterable[PageRun]], Iterator[PageData]]
+
+
+@dataclass(slots=True)
+class CopyReport:
+    """What copying has done so far. ``decision`` is why the rounds ended."""
+
+    rounds: list[RoundResult] = field(default_factory=list)
+    pre_copy_bytes: int = 0
+    last_bytes: int = 0
+    decision: Decision | None = None
+
+
+class MemorySource:
+    """The memory of one migration on the source. ``track`` begins to track a tree; it and ``close`` may block."""
+
+    def __init__(
+        self,
+        policy: MemoryPolicy,
+        track: Callable[[int], Trackers],
+        *,
+        clock: Callable[[], float],
+        read: ReadPages = read_pages,
+        processes: Callable[[int], dict[int, int]] = processes_of,
+        started: Callable[[int], int | None] = start_time,
+    ) -> None:
+        self.mode: Mode = policy.mode
+        self.report = CopyReport()
+        self._shared = SharedMemory()
+        self._policy = policy
+        self._track = track
+        self._read = read
+        self._processes = processes
+        self._started = started
+        self._clock = clock
+        self._trackers: Trackers | None = None
+        self._busy: asyncio.Future[Any] | None = None
+        #: The frozen tasks: pid in CRIU's images → pid here, and when it started.
+        self._frozen: dict[int, tuple[int, int | None]] = {}
+        self._progress: Callable[[str, int, int], None] = lambda *_: None
+
+    @property
+    def lazy(self) -> bool:
+        """Whether CRIU dumps without the pages that are sent here."""
+        return self.mode != "stop-copy"
+
+    @property
+    def fetched_later(self) -> bool:
+        """Whether the destination still needs the frozen tasks after it has resumed."""
+        return self.mode in ("post-copy", "hybrid")
+
+    async def copy(self, root_pid: int, link: Channel, progress: Callable[[str, int, int], None]) -> None:
+        """Send rounds until a freeze now would be short, or until that gets no nearer.
+
+        Raises ``NotConverging`` if the policy says so, ``TrackingFailed`` if a process cannot be tracked."""
+        if self.mode not in ("pre-copy", "hybrid"):
+            return
+        self._progress = progress
+        await self._begin(root_pid)
+        stats = list[RoundStats]()
+        pending = await self._collect()
+        left = self._dirty_bytes(pending)
+        memory_bytes = max(left, PAGE_BYTES)
+        while True:
+            began = self._clock()
+            sent = await self._send_round(pending, left, link)
+            pending = await self._collect()
+            duration_ms = (self._clock() - began) * 1000
+            self._record_round(sent, duration_ms)
+            left = self._dirty_bytes(pending)
+            stats.append(RoundStats(len(stats) + 1, sent // PAGE_BYTES, sent, duration_ms, left))
+            decision = decide(tuple(stats), memory_bytes, self._convergence())
+            if decision.kind is not Kind.ANOTHER_ROUND:
+                break
+        self.report.decision = decision
+        if decision.kind is Kind.GIVE_UP:
+            self._give_up(decision)
+        # What the last look found is re-armed and so must be sent; the freeze is left with what is written after it.
+        began = self._clock()
+        self._record_round(await self._send_round(pending, left, link), (self._clock() - began) * 1000)
+
+    def _convergence(self) -> ConvergencePolicy:
+        policy = self._policy
+        return ConvergencePolicy(
+            max_freeze_ms=policy.max_freeze_ms,
+            fixed_ms=0.0,  # the bound is for what memory adds: the rest of a freeze does not depend on rounds
+            max_rounds=policy.max_rounds,
+            max_bytes_factor=policy.max_factor,
+        )
+
+    def _give_up(self, decision: Decision) -> None:
+        if self._policy.give_up == "abort":
+            raise NotConverging(f"pre-copy does not converge: {decision.reason}")
+        if self._policy.give_up == "post-copy":
+            self.mode = "hybrid"
+
+    def _record_round(self, sent: int, duration_ms: float) -> None:
+        number = len(self.report.rounds) + 1
+        self.report.rounds.append(RoundResult(n=number, pages=sent // PAGE_BYTES, bytes=sent, ms=round(duration_ms, 3)))
+        self.report.pre_copy_bytes += sent
+
+    async def last(self, root_pid: int, link: Channel) -> None:
+        """The tasks are frozen: send what was written since the last round, or, where it is fetched later, have the
+        destination forget it."""
+        if self._trackers is None:
+            if self.lazy:
+                self._know_frozen(self._processes(root_pid))
+            return
+        changed = await self._in_thread(lambda trackers: trackers.collect(last=True))
+        self._know_frozen({each.inner_pid: each.pid for each in changed.values()})
+        for pid in self._trackers.take_gone():
+            await link.send(ProcessGone(pid=pid))
+        if self.fetched_later:
+            self._shared.outdate(changed.values())
+        else:
+            self.report.last_bytes += await self._send_shared(changed, link)
+        for each in changed.values():
+            if self.fetched_later:
+                if each.fresh:  # not all that was sent of it before need be named again
+                    await link.send(ProcessGone(pid=each.inner_pid))
+                await self._drop(each, link, (*each.changes.dirty, *each.changes.dropped))
+            else:
+                self.report.last_bytes += await self._send_process(each, link)
+
+    async def serve_until(self, link: Channel, kind: type[ChannelMessage]) -> None:
+        """Receive until a message of that kind comes, and send meanwhile the pages that the destination asks for."""
+        while True:
+            message, _ = await link.receive()
+            if isinstance(message, kind):
+                return
+            if isinstance(message, GiveUp):
+                raise peer_aborted(message)
+            if not isinstance(message, FetchPages) or not self.fetched_later:
+                raise ProtocolError(f"the destination sent {type(message).__name__} where {kind.__name__} was due")
+            await link.send(FetchedPages(number=message.number), await asyncio.to_thread(self._content, message))
+
+    def _know_frozen(self, outer: dict[int, int]) -> None:
+        self._frozen = {inner: (pid, self._started(pid)) for inner, pid in outer.items()}
+
+    def _content(self, wanted: FetchPages) -> bytes:
+        """Pages as they are; those that hold nothing are zero, as they would be for the task itself.
+
+        Of a task that is gone nothing can be read, and that is not the same (I4): raises ``MemoryLost``."""
+        pid, started = self._frozen.get(wanted.pid, (0, None))
+        content = bytearray(wanted.count * PAGE_BYTES)
+        for batch in self._read(pid, [PageRun(wanted.address, wanted.count)]) if started is not None else ():
+            for run, data in batch:
+                offset = run.start - wanted.address
+                content[offset : offset + len(data)] = data
+        if started is None or self._started(pid) != started:
+            raise MemoryLost(f"the frozen process {wanted.pid} is gone, and its memory with it")
+        return bytes(content)
+
+    async def close(self) -> None:
+        """Remove every trace from the processes. Idempotent."""
+        if self._busy is not None:  # cancelled while a thread was with the trackers, which one at a time may use
+            await asyncio.wait((self._busy,))
+        if self._trackers is not None:
+            trackers, self._trackers = self._trackers, None
+            await asyncio.to_thread(trackers.close)
+
+    async def _begin(self, root_pid: int) -> None:
+        def begin() -> None:
+            self._trackers = self._track(root_pid)
+
+        self._busy = asyncio.ensure_future(asyncio.to_thread(begin))
+        try:
+            await asyncio.shield(self._busy)
+        except TargetGone as error:
+            raise WorkloadNotRunning(f"the workload ended before its memory was copied: {error}") from error
+
+    async def _collect(self) -> dict[int, ProcessChanges]:
+        return await self._in_thread(lambda trackers: trackers.collect())
+
+    async def _in_thread(self, use: Callable[[Trackers], T]) -> T:
+        """Use the trackers, which block, in a thread; when this is cancelled, ``close`` waits for the thread."""
+        assert self._trackers is not None
+        busy = self._busy = asyncio.ensure_future(asyncio.to_thread(use, self._trackers))
+        try:
+            return await asyncio.shield(busy)
+        except TargetGone as error:
+            raise WorkloadNotRunning(f"the workload ended while its memory was copied: {error}") from error
+
+    async def _send_round(self, changed: dict[int, ProcessChanges], total: int, link: Channel) -> int:
+        """Send a round of ``total`` bytes, and wait until the destination has stored it: the bandwidth that counts."""
+        assert self._trackers is not None
+        sent = 0
+        for pid in self._trackers.take_gone():
+            await link.send(ProcessGone(pid=pid))
+        for each in changed.values():
+            sent += await self._send_process(each, link, lambda done: self._progress("memory", done, total), sent)
+        sent += await self._send_shared(changed, link)
+        await link.send(RoundEnd(n=len(self.report.rounds) + 1))
+        await expect(link, RoundStored)
+        return sent
+
+    async def _send_process(
+        self, each: ProcessChanges, link: Channel, progress: Callable[[int], None] = lambda _: None, before: int = 0
+    ) -> int:
+        if each.fresh:
+            await link.send(ProcessGone(pid=each.inner_pid))
+        await self._drop(each, link, each.changes.dropped)
+        sent = 0
+        batches = self._read(each.pid, lazy_runs(each.changes))
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            starts = tuple(run.start for run in batch.runs)
+            counts = tuple(run.pages for run in batch.runs)
+            # A copy, because the reader uses its buffer again.
+            await link.send(PageBatch(pid=each.inner_pid, starts=starts, counts=counts), bytes(batch.data))
+            await self._drop(each, link, batch.vanished)
+            sent += len(batch.data)
+            progress(before + sent)
+        return sent
+
+    async def _send_shared(self, changed: dict[int, ProcessChanges], link: Channel) -> int:
+        """Send what changed in shared memory; what it is in CRIU's images is known only after the dump."""
+        sent = 0
+        for wanted in self._shared.round(changed.values()):
+            batches = self._read(wanted.pid, wanted.runs)
+            while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+                starts = tuple(run.start + wanted.shift for run in batch.runs)
+                counts = tuple(run.pages for run in batch.runs)
+                await link.send(PageBatch(pid=wanted.object, starts=starts, counts=counts), bytes(batch.data))
+                self._shared.unsent(wanted, batch.vanished)
+                sent += len(batch.data)
+        return sent
+
+    def images(self, space: ImageSpace) -> dict[str, tuple[int, list[Span]]]:
+        """The pages images of which the destination has a part from the rounds (see ``SharedMemory.images``)."""
+        return self._shared.images(space)
+
+    def _dirty_bytes(self, changed: dict[int, ProcessChanges]) -> int:
+        private = sum(run.pages for each in changed.values() for run in lazy_runs(each.changes))
+        return (private + self._shared.dirty_pages(changed.values())) * PAGE_BYTES
+
+    @staticmethod
+    async def _drop(each: ProcessChanges, link: Channel, runs: tuple[PageRun, ...]) -> None:
+        for begin in range(0, len(runs), _RUNS_PER_MESSAGE):
+            part = runs[begin : begin + _RUNS_PER_MESSAGE]
+            starts, counts = tuple(run.start for run in part), tuple(run.pages for run in part)
+            await link.send(DroppedPages(pid=each.inner_pid, starts=starts, counts=counts))
+
+
+def lazy_runs(changes: Changes) -> list[PageRun]:
+    """The dirty runs in mappings that CRIU leaves to its daemon (pure). A run never crosses the end of a mapping."""
+    starts = [mapping.start for mapping in changes.mappings]
+    return [
+        run
+        for run in changes.dirty
+        if (at := bisect.bisect_right(starts, run.start) - 1) >= 0 and changes.mappings[at].lazy
+    ]

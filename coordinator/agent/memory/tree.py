@@ -1,0 +1,172 @@
+"""Tracks every process of a workload: those there are, those that appear, and those that go.
+
+A process that appears (fork, clone) is tracked from the next round on; in the round it is met, all it holds is dirty. A
+pid that comes to name another process is told by the start time. A process between vfork and exec shares its parent's
+memory: it is not looked at until it has its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+from coordinator.agent.memory.base import ProcessChanges, Tracker
+from coordinator.agent.memory.ptrace import TargetGone, status_field
+from coordinator.agent.memory.snapshot import scan_all
+from coordinator.agent.process import start_time
+from coordinator.agent.tasks import process_tree
+from coordinator.errors import TrackingFailed
+
+#: Makes the tracker of one process; raises ``TargetGone`` or ``TrackingFailed``.
+MakeTracker = Callable[[int], Tracker]
+
+_KCMP = {"x86_64": 312, "aarch64": 272}
+_KCMP_VM = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 6
+
+
+class _Member:
+    """A process that is known, with its tracker once it has one."""
+
+    def __init__(self, pid: int, started: int, inner_pid: int) -> None:
+        self.pid = pid
+        self.started = started
+        self.inner_pid = inner_pid
+        self.tracker: Tracker | None = None
+        self.answered = False
+        self.untracked: str | None = None
+
+    def close(self) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+
+
+class TreeTracker:
+    """All processes of the tree below ``root_pid``. Used by one thread at a time; every call blocks."""
+
+    def __init__(self, root_pid: int, make_tracker: MakeTracker) -> None:
+        """Begin to track the processes there are; each is stopped for some hundred microseconds.
+
+        Raises ``TrackingFailed`` if one of them cannot be tracked, having left all of them as found, and ``TargetGone``
+        if the root is gone."""
+        self._root = root_pid
+        self._make = make_tracker
+        self._members: dict[int, _Member] = {}
+        self._gone: list[int] = []
+        started = start_time(root_pid)
+        if started is None:
+            raise TargetGone(f"process {root_pid} is gone")
+        self._root_started = started
+        try:
+            self._meet()
+            for member in list(self._members.values()):
+                self._attach_if_there(member)
+        except BaseException:
+            self.close()
+            raise
+
+    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
+        """What changed in each process since the last call, by pid; a new process with all it holds.
+
+        ``last``: the workload is frozen, so that nothing can be attached; a new process is only looked at. Processes
+        that are gone are named by ``take_gone``. Raises ``TargetGone`` if the root is gone."""
+        if start_time(self._root) != self._root_started:
+            raise TargetGone(f"process {self._root}, the root of the workload, is gone")
+        self._meet()
+        answers: dict[int, ProcessChanges] = {}
+        for member in list(self._members.values()):
+            try:
+                if member.tracker is None and not last:
+                    self._try_attach(member)
+                answers[member.pid] = self._ask(member, last)
+            except TargetGone:
+                self._forget(member)
+        return answers
+
+    def take_gone(self) -> tuple[int, ...]:
+        """Inner pids of the processes that have gone since the last call: forget their pages.
+
+        A pid of a process that came and went between two calls is not among them; one that was used again is, and is to
+        be forgotten before the answer about its new process is applied (which says ``fresh``)."""
+        gone, self._gone = tuple(self._gone), []
+        return gone
+
+    def close(self) -> None:
+        """Remove every trace from all processes. Idempotent."""
+        for member in self._members.values():
+            member.close()
+        self._members.clear()
+
+    def _meet(self) -> None:
+        """Bring the members up to date with /proc."""
+        alive: set[int] = set()
+        for pid in process_tree(self._root):
+            started = start_time(pid)
+            if started is None:
+                continue
+            member = self._members.get(pid)
+            if member is not None and member.started != started:
+                self._forget(member)
+                member = None
+            if member is None:
+                if self._shares_memory(pid):
+                    continue
+                member = self._members[pid] = _Member(pid, started, inner_pid(pid))
+            alive.add(pid)
+        for pid in self._members.keys() - alive:
+            self._forget(self._members[pid])
+
+    def _shares_memory(self, pid: int) -> bool:
+        """Whether a process that is new has the memory of one we know, which speaks for it."""
+        number = _KCMP.get(os.uname().machine, -1)
+        return any(_libc.syscall(number, pid, known, _KCMP_VM, 0, 0) == 0 for known in self._members)
+
+    def _attach(self, member: _Member) -> None:
+        member.tracker = self._make(member.pid)
+        if start_time(member.pid) != member.started:  # the pid was used again while we attached
+            member.close()
+            raise TargetGone(f"process {member.pid} is gone")
+        member.untracked = None
+
+    def _attach_if_there(self, member: _Member) -> None:
+        """Attach; a process that ended meanwhile is not missed, but for the root."""
+        try:
+            self._attach(member)
+        except TargetGone:
+            if member.pid == self._root:
+                raise
+            self._forget(member)
+
+    def _try_attach(self, member: _Member) -> None:
+        """Attach, or remember why not; the process is then dirty as a whole in every round."""
+        try:
+            self._attach(member)
+            member.answered = False
+        except TrackingFailed as error:
+            if start_time(member.pid) != member.started:
+                raise TargetGone(f"process {member.pid} is gone") from error
+            member.untracked = error.message
+
+    def _ask(self, member: _Member, last: bool) -> ProcessChanges:
+        fresh = member.tracker is None or not member.answered
+        changes = scan_all(member.pid) if member.tracker is None else member.tracker.collect(last=last)
+        if start_time(member.pid) != member.started:
+            raise TargetGone(f"process {member.pid} is gone")
+        member.answered = member.tracker is not None
+        return ProcessChanges(member.pid, member.inner_pid, member.started, fresh, changes, member.untracked)
+
+    def _forget(self, member: _Member) -> None:
+        member.close()
+        self._members.pop(member.pid, None)
+        self._gone.append(member.inner_pid)
+
+
+def inner_pid(pid: int) -> int:
+    """The pid in the innermost pid namespace of the process: the last number of NSpid in /proc/PID/status (proc(5))."""
+    numbers = status_field(pid, "NSpid").split()
+    return int(numbers[-1]) if numbers else pid

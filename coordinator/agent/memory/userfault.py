@@ -1,0 +1,170 @@
+"""userfaultfd(2) in asynchronous write-protect mode: made inside the target, taken out, and removed there again.
+
+Structures and numbers: include/uapi/linux/userfaultfd.h; meaning: Documentation/admin-guide/mm/userfaultfd.rst. In
+this mode nobody waits for a fault to be answered: a write to a protected page clears the page's mark and goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from contextlib import suppress
+
+from coordinator.agent.memory.ptrace import TargetGone
+from coordinator.agent.memory.registers import this_machine
+from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.errors import TrackingFailed
+
+UFFD_API = 0xAA
+UFFD_USER_MODE_ONLY = 1
+FEATURE_WP_HUGETLBFS_SHMEM, FEATURE_WP_UNPOPULATED, FEATURE_WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
+FEATURES = FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC
+REGISTER_MODE_WP = 1 << 1
+
+#: pidfd_getfd(2) and kcmp(2); the first has one number on every machine.
+_PIDFD_GETFD = 438
+_KCMP = {"x86_64": 312, "aarch64": 272}
+_KCMP_FILE = 0
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 6
+
+
+class Api(ctypes.Structure):
+    """struct uffdio_api."""
+
+    _fields_ = (("api", ctypes.c_uint64), ("features", ctypes.c_uint64), ("ioctls", ctypes.c_uint64))
+
+
+class Register(ctypes.Structure):
+    """struct uffdio_register; its first two fields are struct uffdio_range."""
+
+    _fields_ = (
+        ("start", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("ioctls", ctypes.c_uint64),
+    )
+
+
+class Range(ctypes.Structure):
+    """struct uffdio_range."""
+
+    _fields_ = (("start", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+class WriteProtect(ctypes.Structure):
+    """struct uffdio_writeprotect; its first two fields are struct uffdio_range."""
+
+    _fields_ = (("start", ctypes.c_uint64), ("length", ctypes.c_uint64), ("mode", ctypes.c_uint64))
+
+
+def ioctl_number(direction: int, kind: int, number: int, length: int) -> int:
+    """_IOC of include/uapi/asm-generic/ioctl.h; direction 1 write, 2 read, 3 both."""
+    return direction << 30 | length << 16 | kind << 8 | number
+
+
+UFFDIO_API = ioctl_number(3, UFFD_API, 0x3F, ctypes.sizeof(Api))
+UFFDIO_REGISTER = ioctl_number(3, UFFD_API, 0x00, ctypes.sizeof(Register))
+UFFDIO_UNREGISTER = ioctl_number(2, UFFD_API, 0x01, ctypes.sizeof(Range))
+UFFDIO_WRITEPROTECT = ioctl_number(3, UFFD_API, 0x06, ctypes.sizeof(WriteProtect))
+WRITEPROTECT_MODE_WP = 1
+
+
+class MemoryReplaced(Exception):
+    """The descriptor's memory is no process's any more: it ended or executed another program."""
+
+
+def take_userfaultfd(pid: int) -> int:
+    """Descriptor of a userfaultfd for the memory of the process, which itself has none afterwards.
+
+    Raises ``TargetGone``, or ``TrackingFailed`` with the reason."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise TargetGone(f"process {pid} is gone") from None
+    try:
+        descriptor = with_stopped_thread(pid, lambda thread: _make_inside(thread, process))
+    finally:
+        os.close(process)
+    try:
+        enable(descriptor)
+    except OSError as error:
+        os.close(descriptor)
+        raise TrackingFailed(f"the kernel refuses asynchronous write-protection ({error.strerror})") from error
+    return descriptor
+
+
+def _make_inside(thread: StoppedThread, process: int) -> int:
+    """Make it, copy it through the pidfd ``process``, and close it in the target."""
+    machine = this_machine()
+    assert machine is not None, "with_stopped_thread has checked"
+    number = thread.call(machine.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | UFFD_USER_MODE_ONLY)
+    if number < 0:
+        raise TrackingFailed(
+            f"process {thread.pid}: userfaultfd is refused in it ({os.strerror(-number)})",
+            "EMFILE: it has as many descriptors as it may; ENOSYS, EPERM: the kernel or a security module forbids it.",
+        )
+    mine = int(_libc.syscall(_PIDFD_GETFD, process, number, 0, 0, 0))
+    reason = os.strerror(ctypes.get_errno())
+    # Another thread of the target could have closed the number and opened a file of its own under it: leave that.
+    same = mine >= 0 and same_file(thread.tid, number, os.getpid(), mine)
+    if same or mine < 0:
+        thread.call(machine.close, number)
+    if mine < 0:
+        raise TrackingFailed(f"process {thread.pid}: a descriptor cannot be copied out of it ({reason})")
+    if not same:
+        os.close(mine)
+        raise TrackingFailed(f"process {thread.pid}: its threads have descriptor tables of their own")
+    return mine
+
+
+def same_file(pid: int, descriptor: int, other_pid: int, other: int) -> bool:
+    """Whether two descriptors of two processes are one open file (kcmp(2)); ``True`` where the kernel cannot tell."""
+    result = int(_libc.syscall(_KCMP.get(os.uname().machine, -1), pid, other_pid, _KCMP_FILE, descriptor, other))
+    return result == 0 or (result < 0 and ctypes.get_errno() not in (errno.EBADF, errno.ESRCH))
+
+
+def enable(descriptor: int) -> None:
+    """Agree on the features; raises ``OSError`` (EINVAL) on a kernel without them (before 6.7)."""
+    fcntl.ioctl(descriptor, UFFDIO_API, Api(UFFD_API, FEATURES, 0))
+
+
+def register(descriptor: int, start: int, end: int) -> int:
+    """Have a range tracked; return 0, or the errno of the kernel's refusal: EBUSY if another userfaultfd has it, EPERM
+    if it is shared and can never be written through this mapping, EINVAL if it cannot be tracked.
+
+    Raises ``MemoryReplaced`` if there is no process behind the descriptor any more."""
+    try:
+        fcntl.ioctl(descriptor, UFFDIO_REGISTER, Register(start, end - start, REGISTER_MODE_WP, 0))
+    except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.ESRCH):
+            raise MemoryReplaced from error
+        return error.errno or errno.EINVAL
+    return 0
+
+
+def register_clean(descriptor: int, start: int, end: int) -> int:
+    """As ``register``, and no page of the range is marked clean afterwards.
+
+    A page moved by mremap(2) may bring an old mark along into a mapping that is not tracked, where writes do not clear
+    it (before Linux 6.13). Unregistering removes every mark of a range (fs/userfaultfd.c, userfaultfd_unregister)."""
+    refusal = register(descriptor, start, end)
+    if refusal:
+        return refusal
+    try:
+        fcntl.ioctl(descriptor, UFFDIO_UNREGISTER, Range(start, end - start))
+    except OSError as error:
+        return error.errno or errno.EINVAL
+    return register(descriptor, start, end)
+
+
+def mark(descriptor: int, start: int, end: int) -> None:
+    """Mark all pages of a registered range as not written, those too that are not in the page table.
+
+    What cannot be marked stays dirty, so a refusal is no error: the range may be gone by now."""
+    with suppress(OSError):
+        fcntl.ioctl(descriptor, UFFDIO_WRITEPROTECT, WriteProtect(start, end - start, WRITEPROTECT_MODE_WP))

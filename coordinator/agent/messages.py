@@ -1,0 +1,178 @@
+"""What the source half and the destination half say to each other, over ``agent/channel.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelMessage:
+    """Base of what the halves say to each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(ChannelMessage):
+    """Both sides' first message: the protocol version and the migration's id must agree."""
+
+    version: int
+    migration: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divert(ChannelMessage):
+    """Source: answer for the addresses from now on, hold what arrives. Answered by ``Diverted``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diverted(ChannelMessage):
+    """Destination: announced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenNow(ChannelMessage):
+    """Source: the gate is closed and the tasks are being frozen; images follow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageChunk(ChannelMessage):
+    """Source: the payload is the next part of the image file ``name``; ``offset`` in bytes."""
+
+    name: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredParts(ChannelMessage):
+    """Source: these parts of the pages image ``name`` are pages that the destination has from the rounds, as those of
+    ``pid`` (below zero: a shared object). ``offsets`` are bytes in the image."""
+
+    name: str
+    pid: int
+    offsets: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesComplete(ChannelMessage):
+    """Source: all images are sent. ``sizes`` maps every file to its bytes, for the destination to compare;
+    ``pages_later``: pages that were not sent are to be fetched, rather than zero."""
+
+    sizes: dict[str, int]
+    pages_later: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged(ChannelMessage):
+    """Destination: everything exists, nothing has run (READY)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go(ChannelMessage):
+    """Source: COMMITTED is on my disk; run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(ChannelMessage):
+    """Destination: the tasks run, the gate is open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp(ChannelMessage):
+    """Either side, before the commit point: I abort, undo yours. Answered by ``GaveUp`` when the sender must wait."""
+
+    error: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GaveUp(ChannelMessage):
+    """The answer to ``GiveUp``: this side no longer answers for the addresses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageBatch(ChannelMessage):
+    """Source: the payload is the content of these runs of pages, one after the other. ``pid`` is that of CRIU's images;
+    ``starts`` are addresses, ``counts`` pages."""
+
+    pid: int
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedPages(ChannelMessage):
+    """Source: these pages hold nothing any more (unmapped, discarded, zero)."""
+
+    pid: int
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessGone(ChannelMessage):
+    """Source: forget all pages of this process."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEnd(ChannelMessage):
+    """Source: a pre-copy round is sent. Answered by ``RoundStored``."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStored(ChannelMessage):
+    """Destination: all pages of the round are in the store."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPages(ChannelMessage):
+    """Destination, after Resumed: send these pages of the frozen tasks now. Answered by ``FetchedPages``."""
+
+    number: int
+    pid: int
+    address: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedPages(ChannelMessage):
+    """Source: the payload is what was asked for under that number."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilledIn(ChannelMessage):
+    """Destination: every page is in the tasks; the frozen source is needed no more."""
+
+
+CHANNEL_MESSAGES: dict[str, type[ChannelMessage]] = {
+    kind.__name__: kind
+    for kind in (
+        Hello,
+        Divert,
+        Diverted,
+        FrozenNow,
+        ImageChunk,
+        StoredParts,
+        ImagesComplete,
+        Staged,
+        Go,
+        Resumed,
+        GiveUp,
+        GaveUp,
+        PageBatch,
+        DroppedPages,
+        ProcessGone,
+        RoundEnd,
+        RoundStored,
+        FetchPages,
+        FetchedPages,
+        FilledIn,
+    )
+}

@@ -1,0 +1,204 @@
+"""The service addresses of one migration on one host: netfix's parts put together for the halves.
+
+Invariant I2, "at most one host answers for the service address, and neither host ever sends a RST into a live
+connection", is kept by the order in which the halves call these verbs; ``netfix.gate`` says what each state does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
+
+from coordinator.agent.tasks import process_tree
+from coordinator.errors import NetworkChangeFailed
+from coordinator.facts import SocketFacts
+from coordinator.protocol import AddressMove
+from netfix.address import AddressBook, AddressRecord
+from netfix.errors import NetfixError
+from netfix.frames import FramePort, announce
+from netfix.gate import OPEN, Gate, GateState, holding, releasing
+from netfix.hold import Hold, HoldReport
+from netfix.sockets import SocketInventory, SocketRecord, of_addresses, owned_by, socket_inodes
+
+
+class ServiceNetwork(Protocol):
+    """What a half can do to its host's network, for this migration's addresses only."""
+
+    async def set_gate(self, state: GateState) -> None:
+        """Let packets pass or not, and the host answer for the addresses or not, in one atomic change."""
+
+    async def remove_gate(self) -> None:
+        """Remove our tables: packets pass and the host answers. Idempotent."""
+
+    async def open_hold(self) -> None:
+        """Make ready to hold packets; takes some 20 ms, long before they come."""
+
+    async def hold_arrivals(self) -> None:
+        """The gate for a diverted destination: answer for the addresses, keep every packet that arrives, send none."""
+
+    async def let_out(self) -> None:
+        """The gate for the moment of resuming: what the tasks and the kernel send gets out, arrivals are still kept."""
+
+    async def release_arrivals(self) -> HoldReport:
+        """The gate opens: what was kept goes to the sockets, oldest first, and nothing overtakes it."""
+
+    async def drop_arrivals(self) -> None:
+        """Throw away what was kept, after an abort: peers send it again to the source. Idempotent."""
+
+    async def add_addresses(self) -> None:
+        """Put the addresses on the interface. Idempotent."""
+
+    async def remove_addresses(self) -> None:
+        """Take the addresses off the interface. Idempotent."""
+
+    async def announce(self, frames: Sequence[bytes]) -> None:
+        """Tell the segment that the addresses are here: a burst at once, repeats in the background for a second."""
+
+    async def announced(self) -> None:
+        """Return when the repeats have been sent."""
+
+    async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
+        """The sockets on the addresses or on the wildcard that belong to the process tree below ``root_pid``."""
+
+    async def close(self) -> None:
+        """Let go of netlink and packet sockets; what was changed on the host stays."""
+
+
+class NetfixNetwork:
+    """The real ``ServiceNetwork``, and with netfix's fakes the one for unit tests."""
+
+    def __init__(
+        self,
+        interface: str,
+        moves: Sequence[AddressMove],
+        *,
+        gate: Gate,
+        book: AddressBook,
+        port: FramePort,
+        inventory: SocketInventory,
+        hold: Hold,
+        inodes: Callable[[int], set[int]],
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        self._records = [AddressRecord(move.address, move.prefixlen, interface) for move in moves]
+        self._gate = gate
+        self._book = book
+        self._port = port
+        self._inventory = inventory
+        self._hold = hold
+        self._inodes = inodes
+        self._sleep = sleep
+        self._repeats: asyncio.Task[None] | None = None
+
+    async def set_gate(self, state: GateState) -> None:
+        """See ``ServiceNetwork``. Who answers no more does not announce any more either (I2)."""
+        if not state.answering:
+            await self._cancel_repeats()
+        with _network_errors():
+            await self._gate.set(state)
+
+    async def remove_gate(self) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            await self._gate.remove()
+
+    async def open_hold(self) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            await self._hold.open()
+
+    async def hold_arrivals(self) -> None:
+        """See ``ServiceNetwork``. Where the kernel cannot hold, arrivals are dropped and peers send them again."""
+        await self.set_gate(holding(self._hold.queue))
+
+    async def let_out(self) -> None:
+        """See ``ServiceNetwork``."""
+        await self.set_gate(releasing(self._hold.queue))
+
+    async def release_arrivals(self) -> HoldReport:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            return await self._hold.release(lambda: self._gate.set(OPEN))
+
+    async def drop_arrivals(self) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            await self._hold.discard()
+
+    async def add_addresses(self) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            for record in self._records:
+                await self._book.add(record)
+
+    async def remove_addresses(self) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            for record in self._records:
+                await self._book.remove(record)
+
+    async def announce(self, frames: Sequence[bytes]) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            await announce(self._port, frames, repeats=0)
+        await self._cancel_repeats()
+        self._repeats = asyncio.create_task(announce(self._port, frames, burst=0, sleep=self._sleep))
+
+    async def announced(self) -> None:
+        """See ``ServiceNetwork``. A repeat that failed is no failure: the burst went out."""
+        if self._repeats is not None:
+            with contextlib.suppress(NetfixError):
+                await self._repeats
+            self._repeats = None
+
+    async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            records = await self._inventory.sockets()
+        addresses = [record.address for record in self._records]
+        return socket_facts(of_addresses(owned_by(records, self._inodes(root_pid)), addresses, wildcard=True))
+
+    async def close(self) -> None:
+        """See ``ServiceNetwork``."""
+        await self._cancel_repeats()
+        for part in (self._hold, self._gate, self._book, self._port, self._inventory):
+            part.close()
+
+    async def _cancel_repeats(self) -> None:
+        if self._repeats is not None:
+            self._repeats.cancel()
+            with contextlib.suppress(asyncio.CancelledError, NetfixError):
+                await self._repeats
+            self._repeats = None
+
+
+def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:
+    """The sockets as facts for a message, in a stable order."""
+    facts = {
+        SocketFacts(
+            family=record.family,
+            protocol=record.protocol,
+            state=record.state,
+            local=record.local,
+            local_port=record.local_port,
+            remote=record.remote,
+            remote_port=record.remote_port,
+        )
+        for record in records
+    }
+    return tuple(sorted(facts, key=lambda s: (s.protocol, s.local, s.local_port, s.remote, s.remote_port)))
+
+
+def tree_socket_inodes(root_pid: int) -> set[int]:
+    """Inodes of all sockets that the process tree below ``root_pid`` has open."""
+    return socket_inodes(process_tree(root_pid))
+
+
+@contextlib.contextmanager
+def _network_errors() -> Iterator[None]:
+    try:
+        yield
+    except NetfixError as error:
+        raise NetworkChangeFailed(error.message, error.hint or None) from error

@@ -1,0 +1,108 @@
+"""What of a running workload CRIU would refuse or lose, read from /proc. docs/checks.md lists the codes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from coordinator.agent.tasks import PROC
+from coordinator.facts import Obstacle, WorkloadSpec
+from netfix import inventory
+
+
+def obstacles(
+    workload: WorkloadSpec, root_pid: int, pids: list[int], missing_capabilities: tuple[str, ...], proc: Path = PROC
+) -> tuple[Obstacle, ...]:
+    """All obstacles of the process tree, each kind once, with the first process that has it."""
+    found: dict[str, Obstacle] = {}
+    for pid in pids:
+        for obstacle in _of_process(workload, pid, missing_capabilities, proc):
+            found.setdefault(obstacle.code, obstacle)
+    if _namespace(root_pid, "net", proc) != _namespace(os.getpid(), "net", PROC):
+        found["OWN_NETWORK_NAMESPACE"] = Obstacle(
+            code="OWN_NETWORK_NAMESPACE",
+            message="the workload has a network namespace of its own, which cannot be moved yet",
+            hint="Run the container in the host's network namespace (no network namespace in config.json).",
+        )
+    return tuple(found.values())
+
+
+#: netfix's findings that stand in a move's way, with our codes. Those about addresses preflight makes itself, and those
+#: that are gone a moment later (``netfix.inventory.TRANSIENT``) say nothing about a move that comes later.
+_SOCKET_CODES = {
+    inventory.MPTCP: "SOCKET_MPTCP",
+    inventory.KTLS: "SOCKET_KTLS",
+    inventory.PACKET_SOCKET: "SOCKET_PACKET",
+    inventory.RAW_SOCKET: "SOCKET_RAW",
+    inventory.UNIX_OUTSIDE: "SOCKET_UNIX_OUTSIDE",
+    inventory.DEVICE: "SOCKET_ON_DEVICE",
+    inventory.MULTICAST: "SOCKET_MULTICAST",
+}
+
+
+def socket_obstacles(findings: list[inventory.SocketFinding]) -> tuple[Obstacle, ...]:
+    """Sockets that would be lost or changed (pure)."""
+    return tuple(
+        Obstacle(code=_SOCKET_CODES[each.code], message=each.message, hint=each.hint, fatal=each.fatal)
+        for each in findings
+        if each.code in _SOCKET_CODES
+    )
+
+
+def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> list[Obstacle]:
+    found = []
+    if "CAP_SYS_RESOURCE" in missing_capabilities and (uid := _uid(pid, proc)) not in (0, None):
+        found.append(
+            Obstacle(
+                code="UID_NEEDS_CAP_SYS_RESOURCE",
+                message=f"process {pid} runs as uid {uid}, and CRIU needs CAP_SYS_RESOURCE to read its limits",
+                hint="Give root on this host CAP_SYS_RESOURCE, or run the service as uid 0.",
+            )
+        )
+    for descriptor, target in _descriptors(pid, proc):
+        if target == "anon_inode:[io_uring]":
+            found.append(
+                Obstacle(
+                    code="IO_URING",
+                    message=f"process {pid} uses io_uring (descriptor {descriptor}), which CRIU cannot dump",
+                    hint="Refuse io_uring_setup with ENOSYS in the seccomp profile, or turn it off in the service.",
+                )
+            )
+        if workload.runtime == "process" and descriptor in (0, 1, 2) and target.startswith("/dev/pts/"):
+            found.append(
+                Obstacle(
+                    code="TERMINAL",
+                    message=f"process {pid} has the terminal {target} of this host as descriptor {descriptor}",
+                    hint="Start it with setsid and its standard streams at /dev/null.",
+                )
+            )
+        if workload.runtime == "process" and target.startswith("pipe:") and descriptor in (0, 1, 2):
+            found.append(
+                Obstacle(
+                    code="EXTERNAL_PIPE",
+                    message=f"process {pid} has a pipe to another process of this host as descriptor {descriptor}",
+                    hint="Let it log to a file or to /dev/null.",
+                )
+            )
+    return found
+
+
+def _uid(pid: int, proc: Path) -> int | None:
+    try:
+        return (proc / str(pid)).stat().st_uid
+    except FileNotFoundError:
+        return None
+
+
+def _descriptors(pid: int, proc: Path) -> list[tuple[int, str]]:
+    try:
+        return [(int(entry.name), str(entry.readlink())) for entry in (proc / str(pid) / "fd").iterdir()]
+    except OSError:
+        return []  # it ended, or closed a descriptor, while we looked: the next check sees what is there then
+
+
+def _namespace(pid: int, name: str, proc: Path) -> int:
+    try:
+        return (proc / str(pid) / "ns" / name).stat().st_ino
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,34 @@
+"""How urgent this agent's work is to the host it shares with a running service.
+
+While memory is copied in rounds, the service and its clients come first: the agent runs only when nobody else wants to
+(SCHED_IDLE, sched(7)). In the freeze it is the other way round: everybody waits for us. CRIU and the runtime inherit
+that; the tasks get their own scheduling back, because CRIU restores it (criu/cr-restore.c).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+Pace = Literal["background", "urgent", "usual"]
+
+_URGENT_NICE = -10
+_TASKS = Path("/proc/self/task")
+
+
+def set_pace(pace: Pace) -> None:
+    """``background``: let everybody else on this host go first. ``urgent``: go before ordinary processes, with all that
+    is started from here on. ``usual``: be an ordinary process."""
+    policy = os.SCHED_IDLE if pace == "background" else os.SCHED_OTHER
+    _set(policy, _URGENT_NICE if pace == "urgent" else 0)
+
+
+def _set(policy: int, nice: int) -> None:
+    """For every thread: in Linux these belong to threads, and new ones inherit them (sched(7)). Without CAP_SYS_NICE
+    nothing changes, which costs speed and nothing else."""
+    for task in _TASKS.iterdir():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.sched_setscheduler(int(task.name), policy, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, int(task.name), nice)

@@ -1,0 +1,1 @@
+"""Runtimes: how a workload of a kind is found, dumped, restored and forgotten, each behind ``base.Runtime``."""

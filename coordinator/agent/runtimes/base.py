@@ -1,0 +1,44 @@
+"""The protocol of a runtime: few verbs, each with what it presupposes, what it does and what undoes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from coordinator.agent.process import Command
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """A workload as its runtime sees it. ``root_pid`` is 0 unless it is running."""
+
+    state: Literal["running", "stopped", "absent"]
+    root_pid: int = 0
+
+
+class Runtime(Protocol):
+    """One workload under one runtime on one host."""
+
+    async def find(self) -> Tasks:
+        """Ask the runtime. Read-only."""
+
+    async def prepare_restore(self) -> None:
+        """Make sure, without a change, that a restore can be attempted; raise ``RestoreFailed`` if not."""
+
+    def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
+        """The command that dumps the running tasks with their connections into ``images``, logs into ``work``;
+        ``lazy``: without the pages that CRIU's lazy-pages daemon can fill in later."""
+
+    def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
+        """The command that restores them, detached."""
+
+    async def adopt(self) -> int:
+        """Destination, after commit: check that the tasks run, tell whoever has to know on this host, and return the
+        root pid here; raise ``RestoreFailed`` if they do not run. Idempotent."""
+
+    async def forget(self) -> None:
+        """Source, after commit, when the tasks are dead: remove what is kept of the workload here. Idempotent."""
+
+    async def discard(self) -> None:
+        """Destination, after an abort, when the tasks are dead: remove what a restore left. Idempotent."""

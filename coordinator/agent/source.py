@@ -1,0 +1,331 @@
+"""The source half: drives the transaction from the first byte to the commit point, and cleans up behind it.
+
+The order is the design's. Peers are diverted *before* the service is frozen, so that no packet meets a closed door; the
+commit point is one fsynced record in this half's journal; from then on this half never lets the tasks run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import cached_property
+from typing import Any
+
+from coordinator.agent.channel import CHUNK_BYTES, Channel, expect
+from coordinator.agent.criu import Dump
+from coordinator.agent.deeds import Undoer
+from coordinator.agent.half import ANY_REASON, Half, as_livemove_error, uninterrupted
+from coordinator.agent.memory.convergence import Kind
+from coordinator.agent.memory.copying import MemorySource
+from coordinator.agent.messages import (
+    Divert,
+    Diverted,
+    FilledIn,
+    FrozenNow,
+    GaveUp,
+    GiveUp,
+    Go,
+    ImageChunk,
+    ImagesComplete,
+    Resumed,
+    Staged,
+    StoredParts,
+)
+from coordinator.agent.runtimes.base import Tasks
+from coordinator.errors import (
+    ChannelFailed,
+    FrozenTooLong,
+    InDoubt,
+    LivemoveError,
+    PeerAborted,
+    ProtocolError,
+    WorkloadNotRunning,
+)
+from coordinator.facts import SocketFacts
+from coordinator.journal import Phase
+from coordinator.protocol import HalfResult, Outcome
+from netfix.gate import CLOSED, OPEN, SILENT
+
+
+class SourceHalf(Half):
+    """See the module. ``channel`` is handed in by ``attach``; a recovery has none."""
+
+    channel: Channel | None = None
+    _dump: Dump | None = None
+    _root_pid: int = 0
+    _frozen_at: float = 0.0
+    _freeze_ms: float = 0.0
+    _frozen_bytes: int = 0
+    _sockets: tuple[SocketFacts, ...] = ()
+    _peer_is_silent: bool = False
+
+    @cached_property
+    def memory(self) -> MemorySource:
+        """How memory gets to the destination."""
+        return self.adapters.memory_source(self.plan.memory)
+
+    def undoers(self) -> dict[str, Undoer]:
+        """See ``Half``."""
+        return {
+            "image_space": lambda _: self.images.remove(),
+            "gate": lambda _: self.network.remove_gate(),
+            "addresses": self._take_addresses_back,
+            "dump": self._thaw,
+        }
+
+    async def prepare(self) -> None:
+        """Make the image space and an open gate, so that nothing but its state has to change later."""
+        self.deeds.record("image_space")
+        await self.images.create(self.plan.image_space_bytes)
+        self.deeds.record("gate")
+        await self.network.set_gate(OPEN)
+        self.enter(Phase.PREPARED, durable=True)
+
+    def let_go(self) -> None:
+        """See ``Half``."""
+        if self._dump is not None:
+            self._dump.let_go()
+
+    def attach(self, channel: Channel) -> None:
+        """Use this channel to the destination half."""
+        self.channel = channel
+
+    async def run(self) -> HalfResult:
+        """The whole migration as the source sees it."""
+        try:
+            await self._until_staged()
+        except ANY_REASON as error:
+            return await uninterrupted(self.give_up(as_livemove_error(error, f"in phase {self.journal.phase}")))
+        # The commit point. I3: before this record is on disk the tasks can always be thawed with their connections;
+        # after it they never run here again. No await lies between STAGED and it, so nothing can come between.
+        try:
+            self.enter(Phase.COMMITTED, durable=True)
+        except OSError as error:  # the record does not exist: it is written wholly or not at all
+            return await uninterrupted(self.give_up(as_livemove_error(error, "recording the commit point")))
+        return await uninterrupted(self._commit())
+
+    async def _until_staged(self) -> None:
+        await self._copy()
+        dump = await self._load_criu()
+        await self._divert()
+        await self._freeze(dump)
+        async with _freeze_deadline(self.plan.deadlines.freeze_s):
+            await dump.dumped()
+            self.enter(Phase.DUMPED)
+            await self.memory.last(self._root_pid, self._link())
+            await self._send_images()
+            await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
+            self._sockets = await self.network.sockets(self._root_pid)
+            await self.memory.serve_until(self._link(), Staged)
+        self.enter(Phase.STAGED)
+
+    async def _copy(self) -> None:
+        """Send memory in rounds while the service runs, until a freeze would be short enough."""
+        self.enter(Phase.COPYING)
+        self.adapters.pace("background")
+        self._root_pid = (await self._running()).root_pid
+        async with asyncio.timeout(self.plan.deadlines.copy_s):
+            await self.memory.copy(self._root_pid, self._link(), self.progress)
+        if (decision := self.memory.report.decision) is not None and decision.kind is Kind.GIVE_UP:
+            self.warn(f"pre-copy gave up, and the policy says {self.plan.memory.give_up}: {decision.reason}")
+
+    async def _running(self) -> Tasks:
+        tasks = await self.runtime.find()
+        if tasks.state != "running":
+            raise WorkloadNotRunning(f"workload {self.plan.workload.name} is {tasks.state} on {self.host}")
+        return tasks
+
+    async def _load_criu(self) -> Dump:
+        """Start CRIU up to its last step before the freeze, so that its start is not part of the freeze."""
+        self.adapters.pace("urgent")
+        lazy = self.memory.lazy
+        command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
+        self.deeds.record("dump", durable=False)
+        self._dump = await self.criu.dump(command, self.journal.path, self.record_criu("dump"), lazy=lazy)
+        await self._dump.ready()
+        # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
+        await self._send_images()
+        return self._dump
+
+    async def _divert(self) -> None:
+        """Hand the segment's packets over to the destination, then work off what was received here.
+
+        I2: we are silent before the destination answers, so at no instant do two hosts answer for an address."""
+        self.deeds.record("addresses")
+        self.enter(Phase.DIVERTED)
+        await self.network.set_gate(SILENT)
+        async with asyncio.timeout(self.plan.deadlines.connect_s):  # nobody answers meanwhile
+            await self._link().send(Divert())
+            await expect(self._link(), Diverted)
+        await asyncio.sleep(self.plan.deadlines.settle_s)
+
+    async def _freeze(self, dump: Dump) -> None:
+        """Close the gate, and let CRIU freeze the tasks behind it.
+
+        The gate goes first because CRIU has no hook between its freeze and its dump (docs/decisions/0002): what the
+        service writes in the milliseconds between stays in its send queues and is dumped with them (I4)."""
+        await self.network.set_gate(CLOSED)
+        self._frozen_at = self.clock()
+        self.enter(Phase.FROZEN)
+        dump.freeze()
+        await self._link().send(FrozenNow())
+
+    async def _send_images(self) -> None:
+        """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""
+        sizes = self.images.sizes()
+        stored = self.memory.images(self.images)
+        self._frozen_bytes = 0
+        for name, size in sorted(sizes.items()):
+            pid, spans = stored.get(name, (0, []))
+            whole = [(0, size)]
+            wanted = [(span.offset, span.bytes) for span in spans if not span.sent] if spans else whole
+            for offset, length in wanted:
+                await self._send_image(name, offset, length, sum(sizes.values()))
+            if have := [span for span in spans if span.sent]:
+                offsets, starts, counts = zip(*((span.offset, span.address, span.pages) for span in have), strict=True)
+                await self._link().send(StoredParts(name=name, pid=pid, offsets=offsets, starts=starts, counts=counts))
+
+    async def _send_image(self, name: str, start: int, length: int, total: int) -> None:
+        for offset in range(start, start + max(length, 1), CHUNK_BYTES):
+            chunk = self.images.read(name, offset, min(CHUNK_BYTES, start + length - offset))
+            await self._link().send(ImageChunk(name=name, offset=offset), chunk)
+            self._frozen_bytes += len(chunk)
+            self.progress("images", self._frozen_bytes, total)
+
+    async def _commit(self) -> HalfResult:
+        """Say GO, wait for the destination's word, and clean up."""
+        try:
+            await self._link().send(Go())
+            async with asyncio.timeout(self.plan.deadlines.resume_s):
+                await self.memory.serve_until(self._link(), Resumed)
+        except Exception as error:
+            # Whether GO arrived is unknown, and only the destination can tell. Our copy is of no use any more (I3), but
+            # the gate stays closed until a recovery knows.
+            self.let_go()
+            await self._close_memory()
+            known = as_livemove_error(error, "waiting for the destination to resume")
+            doubt = InDoubt(f"committed, and then the destination was not heard of: {known}", known.hint)
+            return self._result("in_doubt", doubt)
+        self._freeze_ms = (self.clock() - self._frozen_at) * 1000
+        self.adapters.pace("usual")
+        self.enter(Phase.RESUMED, durable=True)
+        if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:
+            return self._result("in_doubt", unserved)
+        return await self.release()
+
+    async def _serve_pages(self) -> InDoubt | None:
+        """Post-copy: the destination runs and still needs the frozen tasks' pages, until it has them all."""
+        try:
+            async with asyncio.timeout(self.plan.deadlines.fill_s):
+                await self.memory.serve_until(self._link(), FilledIn)
+        except Exception as error:
+            self.let_go()
+            await self._close_memory()
+            known = as_livemove_error(error, "serving pages")
+            return InDoubt(f"the destination runs and its memory could not all be sent: {known}", known.hint)
+        return None
+
+    async def release(self) -> HalfResult:
+        """After the destination resumed: let CRIU kill the frozen copy, and leave nothing but the journal (I5).
+
+        The gate stays closed until the tasks are dead and the address is gone: their sockets' last words would be
+        FIN and RST into live connections (I2)."""
+        await self._close_memory()
+        try:
+            for step in (self._end_dump, self.runtime.forget, self.network.remove_addresses):
+                await step()
+        except (LivemoveError, OSError, TimeoutError) as error:
+            # The gate stays closed: behind it nothing that is left can harm a connection.
+            self.warn(f"cleaning up on {self.host}: {error}")
+        else:
+            self.warn(*await self.deeds.undo(keep=("addresses", "dump")))
+        self.finished(Phase.RELEASED)
+        return self._result("moved")
+
+    async def _end_dump(self) -> None:
+        if self._dump is not None:
+            async with asyncio.timeout(self.plan.deadlines.release_s):
+                await self._dump.end()
+            return
+        for name, params in self.journal.state.deeds.values():
+            if name == "dump":
+                await self.wait_criu(params)
+
+    async def give_up(self, error: LivemoveError) -> HalfResult:
+        """Before the commit point: the tasks run on here, with every connection (I3)."""
+        self._peer_is_silent = isinstance(error, PeerAborted)
+        self.adapters.pace("usual")
+        self.abort(error)
+        if self.channel is not None and not self._peer_is_silent:
+            with contextlib.suppress(ChannelFailed):
+                await self.channel.send(GiveUp(error=error.to_wire()))
+        return await self.undo_rest(error)
+
+    async def undo_rest(self, error: LivemoveError) -> HalfResult:
+        """After ABORTED: undo what is not undone yet. Also the way on for a recovery of a roll-back cut short."""
+        self.warn(*await self.deeds.undo(only=("dump",)))  # first of all: the tasks run again, behind the gate
+        await self._close_memory()
+        self.warn(*await self.deeds.undo())
+        await self.network.announced()
+        self.finished(Phase.ROLLED_BACK)
+        return self._result("rolled_back", error)
+
+    async def _close_memory(self) -> None:
+        """Whatever is left in the tasks must not keep them from running, or the host from being cleaned up."""
+        try:
+            await self.memory.close()
+        except (LivemoveError, OSError) as error:
+            self.warn(f"ending the tracking of memory on {self.host}: {error}")
+
+    async def _thaw(self, params: dict[str, Any]) -> None:
+        """CRIU's hook reads ABORTED and CRIU thaws the tasks. The gate is still closed."""
+        if self._dump is not None:
+            async with asyncio.timeout(self.plan.deadlines.release_s):
+                await self._dump.end()
+        else:
+            await self.wait_criu(params)
+
+    async def _take_addresses_back(self, _: dict[str, Any]) -> None:
+        """The way back of ``_divert``, in the opposite order: first the destination falls silent, then we answer."""
+        await self._wait_for_silence()
+        if self.deeds.recorded("gate"):  # without one the host answers already
+            await self.network.set_gate(OPEN)
+        frames = [frame for move in self.plan.addresses for frame in move.announce_at_source]
+        await self.network.announce(frames)
+
+    async def _wait_for_silence(self) -> None:
+        """Wait, bounded, for the destination's word that it answers no more. Without it we answer all the same: a host
+        that holds packets for a service that runs here helps nobody."""
+        if self.channel is None or self._peer_is_silent:
+            return
+        with contextlib.suppress(ChannelFailed, ProtocolError, TimeoutError):
+            async with asyncio.timeout(self.plan.deadlines.abort_s):
+                while not isinstance((await self.channel.receive())[0], GaveUp | GiveUp):
+                    pass
+
+    def _link(self) -> Channel:
+        if self.channel is None:
+            raise ChannelFailed("there is no channel to the destination's agent")
+        return self.channel
+
+    def _result(self, outcome: Outcome, error: LivemoveError | None = None) -> HalfResult:
+        copied = self.memory.report
+        return self.result(
+            outcome,
+            error,
+            freeze_ms=round(self._freeze_ms, 3),
+            frozen_bytes=self._frozen_bytes + copied.last_bytes,
+            mode=self.memory.mode,
+            rounds=tuple(copied.rounds),
+            pre_copy_bytes=copied.pre_copy_bytes,
+            sockets=self._sockets,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _freeze_deadline(seconds: float) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise FrozenTooLong(f"the service was frozen for more than {seconds:g} s") from error

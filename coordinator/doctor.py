@@ -1,0 +1,182 @@
+"""Gather facts from the hosts, and have ``preflight`` judge them: ``livemove doctor`` and ``livemove check``.
+
+Everything here only reads, but for the self-test, which dumps and restores a small process of its own. ``survey`` is
+what ``check`` and ``migrate`` share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_interface
+from typing import TypeVar
+
+from coordinator.config import Configuration, Host
+from coordinator.errors import LivemoveError
+from coordinator.events import EventSink
+from coordinator.facts import HostFacts, WorkloadSpec
+from coordinator.findings import Finding, errors_of, from_error
+from coordinator.plan import FrameBuilder
+from coordinator.preflight import MoveFacts, host_findings, is_unicast_mac, move_findings, running_on
+from coordinator.protocol import DescribeHost, DescribeWorkload, Request, RunSelfTest, SelfTestResult, WhoAnswers
+from coordinator.report.checks import CheckReport, DoctorReport, HostReport
+from coordinator.sessions import Session, SessionFactory, Sessions, open_sessions
+
+R = TypeVar("R")
+
+DESCRIBE_S = 20.0
+SELF_TEST_S = 30.0
+#: Machines on the segment answer within milliseconds; a second is what duplicate address detection waits.
+ANSWER_WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found out before a move, and what it means."""
+
+    facts: MoveFacts
+    findings: tuple[Finding, ...]
+
+    @property
+    def source(self) -> str | None:
+        """The one host that runs the workload, if there is one."""
+        return self.facts.source
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that forbid the move."""
+        return errors_of(self.findings)
+
+
+async def doctor(
+    config: Configuration, names: Sequence[str], *, connect: SessionFactory, sink: EventSink
+) -> DoctorReport:
+    """Examine the named hosts, or all, at the same time. A host that cannot be reached is a finding of that host.
+
+    Raises ``UnknownHost`` before anything is contacted.
+    """
+    hosts = [config.host(name) for name in dict.fromkeys(names)] or list(config.hosts.values())
+    runtimes = {workload.runtime for workload in config.workloads.values()}
+    async with open_sessions(hosts, connect, sink) as sessions:
+        return DoctorReport(hosts=tuple(await asyncio.gather(*(_examine(host, sessions, runtimes) for host in hosts))))
+
+
+async def _examine(host: Host, sessions: Sessions, runtimes: Iterable[str]) -> HostReport:
+    if host.name in sessions.failed:
+        return HostReport(name=host.name, findings=(from_error(host.name, sessions.failed[host.name]),))
+    session = sessions.open[host.name]
+    facts, self_test = await asyncio.gather(_describe_host(session), _self_test(session))
+    if isinstance(facts, LivemoveError):
+        return HostReport(name=host.name, findings=(from_error(host.name, facts),), self_test=self_test)
+    findings = host_findings(host.name, host.interface, facts, self_test, runtimes)
+    return HostReport(name=host.name, findings=findings, facts=facts, self_test=self_test)
+
+
+async def check(
+    config: Configuration,
+    workload: str,
+    to: str,
+    *,
+    connect: SessionFactory,
+    probe_frames: FrameBuilder,
+    sink: EventSink,
+) -> CheckReport:
+    """Every reason why moving the workload to that host would fail or lose something; changes nothing.
+
+    Raises ``UnknownWorkload`` and ``UnknownHost`` before anything is contacted.
+    """
+    spec, destination = config.workload(workload), config.host(to)
+    async with open_sessions(config.hosts.values(), connect, sink) as sessions:
+        found = await survey(config, spec, destination, sessions, probe_frames)
+    return CheckReport(workload=workload, source=found.source, destination=to, findings=found.findings)
+
+
+async def survey(
+    config: Configuration, workload: WorkloadSpec, destination: Host, sessions: Sessions, probe_frames: FrameBuilder
+) -> Survey:
+    """Ask all hosts where the workload runs, and source and destination for everything else; then judge it.
+
+    ``sessions`` are with all configured hosts (``open_sessions``) and stay open. A host that fails to answer is told in
+    the findings; nothing is raised for it. ``probe_frames`` is ``netfix.announce.probe_frames``.
+    """
+    workloads, failed = await _ask(sessions.open, lambda _: DescribeWorkload(workload=workload), DESCRIBE_S)
+    running = running_on(workloads)
+    ends = {name: sessions.open[name] for name in (*running[:1], destination.name) if name in workloads}
+    (hosts, lost), self_tests = await asyncio.gather(
+        _ask(ends, lambda host: DescribeHost(interface=host.interface), DESCRIBE_S), _self_tests(ends)
+    )
+    answers: dict[str, tuple[str, ...]] = {}
+    if destination.name in hosts and running and running[0] != destination.name:
+        try:
+            session = sessions.open[destination.name]
+            answers = await _who_answers(session, workload, hosts[destination.name], probe_frames)
+        except LivemoveError as error:
+            lost[destination.name] = error  # not knowing who has the address forbids the move
+    facts = MoveFacts(
+        workload=workload,
+        destination=destination.name,
+        interfaces={name: host.interface for name, host in config.hosts.items()},
+        hosts=hosts,
+        workloads=workloads,
+        unreachable={**sessions.failed, **failed, **lost},
+        self_tests=self_tests,
+        answers=answers,
+    )
+    return Survey(facts, move_findings(facts))
+
+
+async def _ask(
+    sessions: Mapping[str, Session], request: Callable[[Host], Request[R]], deadline_s: float
+) -> tuple[dict[str, R], dict[str, LivemoveError]]:
+    """Ask several hosts at the same time: the replies, and the errors of those that gave none."""
+    replies: dict[str, R] = {}
+    errors: dict[str, LivemoveError] = {}
+
+    async def one(name: str, session: Session) -> None:
+        try:
+            replies[name] = await session.call(request(session.host), deadline_s)
+        except LivemoveError as error:
+            errors[name] = error
+
+    await asyncio.gather(*(one(name, session) for name, session in sessions.items()))
+    in_order = [name for name in sessions if name in replies]
+    return {name: replies[name] for name in in_order}, errors
+
+
+async def _describe_host(session: Session) -> HostFacts | LivemoveError:
+    try:
+        return await session.call(DescribeHost(interface=session.host.interface), DESCRIBE_S)
+    except LivemoveError as error:
+        return error
+
+
+async def _self_tests(sessions: Mapping[str, Session]) -> dict[str, SelfTestResult]:
+    results = await asyncio.gather(*(_self_test(session) for session in sessions.values()))
+    return dict(zip(sessions, results, strict=True))
+
+
+async def _self_test(session: Session) -> SelfTestResult:
+    """Run the self-test; one that ended in an error of the agent has failed, and that is its problem."""
+    try:
+        return await session.call(RunSelfTest(), SELF_TEST_S)
+    except LivemoveError as error:
+        return SelfTestResult(ok=False, problem=error.message)
+
+
+async def _who_answers(
+    session: Session, workload: WorkloadSpec, facts: HostFacts, probe_frames: FrameBuilder
+) -> dict[str, tuple[str, ...]]:
+    """Who answers the destination for each service address; nothing where its interface cannot ask."""
+    interface = facts.interface
+    if interface is None or not interface.up or not is_unicast_mac(interface.mac):
+        return {}  # preflight says what is wrong with the interface
+    found: dict[str, tuple[str, ...]] = {}
+
+    async def one(address: str) -> None:
+        frames = probe_frames(address, interface.mac)
+        request = WhoAnswers(interface=interface.name, address=address, frames=frames, wait_s=ANSWER_WAIT_S)
+        found[address] = (await session.call(request, ANSWER_WAIT_S + DESCRIBE_S)).macs
+
+    await asyncio.gather(*(one(str(ip_interface(text).ip)) for text in workload.addresses))
+    return found

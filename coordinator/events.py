@@ -1,0 +1,37 @@
+"""Typed events: the one source for the log, the progress display and the JSON result.
+
+A half or the coordinator emits them through an ``EventSink``; an agent's events travel to the coordinator as messages.
+State changes (``PhaseEntered``, ``Notice``) are never dropped; ``Progress`` may be coalesced by a sink.
+Times are milliseconds since the migration began on the emitting host, from its monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+EventName = Literal["phase", "step", "progress", "notice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened on one host.
+
+    ``phase``: ``name`` is the phase entered. ``step``: a span inside a phase, ``state`` says which end of it.
+    ``progress``: ``done`` of ``total`` ``unit``. ``notice``: a warning with a stable ``name`` and a ``detail`` to read.
+    """
+
+    kind: EventName
+    name: str
+    host: str
+    at_ms: float
+    state: Literal["started", "completed", "failed"] = "completed"
+    detail: str = ""
+    hint: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+EventSink = Callable[[Event], None]

@@ -1,0 +1,124 @@
+"""What an agent can tell of its host and of a workload on it: the facts that checks and plans are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSpec:
+    """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form."""
+
+    name: str
+    runtime: Literal["runc", "process"]
+    addresses: tuple[str, ...]
+    container: str | None = None
+    bundle: str | None = None
+    pid_file: str | None = None
+    root_pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriuFacts:
+    """The CRIU of a host. ``missing`` names features that livemove uses and ``criu check --feature`` denies;
+    ``problem`` is the first explaining line of a ``criu check`` that failed."""
+
+    path: str
+    version: str
+    missing: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceFacts:
+    """The configured interface of a host; ``addresses`` in CIDR form."""
+
+    name: str
+    mac: str
+    up: bool
+    mtu: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverFacts:
+    """A rule or table on a host that would cut the service: left by CRIU or by an earlier migration."""
+
+    kind: str
+    detail: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFacts:
+    """What preflight wants to know of a host. ``identity`` differs between any two running hosts, also when they share
+    a kernel (boot id, pid and network namespace). ``taken_pids`` are all process and thread ids in use; ``tracker`` is
+    how this kernel can tell which pages were written, ``tracker_problem`` why it cannot."""
+
+    hostname: str
+    identity: str
+    kernel: str
+    machine: str
+    python: str
+    euid: int
+    missing_capabilities: tuple[str, ...]
+    criu: CriuFacts | None
+    runtimes: dict[str, str]
+    cgroup: Literal["v1", "v2", "hybrid", "none"]
+    nf_tables: bool
+    interface: InterfaceFacts | None
+    interfaces: tuple[str, ...]
+    memory_available_bytes: int
+    leftovers: tuple[LeftoverFacts, ...]
+    unfinished: tuple[str, ...]
+    agent_rss_bytes: int
+    taken_pids: tuple[int, ...] = ()
+    tracker: Literal["write_protect", "soft_dirty", "none"] = "none"
+    tracker_problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketFacts:
+    """One socket of a workload, as ``netfix.sockets`` reads it."""
+
+    family: str
+    protocol: str
+    state: str
+    local: str
+    local_port: int
+    remote: str
+    remote_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obstacle:
+    """Something of a workload that CRIU would refuse or lose; ``code`` is the stable code of the finding."""
+
+    code: str
+    message: str
+    hint: str
+    fatal: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadFacts:
+    """A workload as one host sees it.
+
+    ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
+    thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
+    container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
+    the id of a migration of it that is unfinished here."""
+
+    state: Literal["running", "stopped", "absent"]
+    root_pid: int = 0
+    pids: tuple[int, ...] = ()
+    memory_bytes: int = 0
+    sockets: tuple[SocketFacts, ...] = ()
+    addresses: dict[str, str] = field(default_factory=dict)
+    bundle_present: bool = True
+    bundle_problem: str = ""
+    bundle_digest: str = ""
+    executable: str = ""
+    obstacles: tuple[Obstacle, ...] = ()
+    moving: str = ""

@@ -1,0 +1,105 @@
+"""Pure: configuration + facts → ``MigrationPlan``. Clock, randomness and the frame builder are handed in.
+
+The frames that announce an address are built here, where the plan is made, so that the hosts need no scapy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from ipaddress import ip_interface
+
+from coordinator.config import Host, Policy
+from coordinator.facts import HostFacts, WorkloadFacts, WorkloadSpec
+from coordinator.protocol import AddressMove, Endpoint, MigrationPlan, Mode
+
+#: ``netfix.announce.announcement_frames``: (address, mac) → the frames that say "this MAC has this address".
+FrameBuilder = Callable[[str, str], tuple[bytes, ...]]
+
+ID_LIMIT = 48
+_STAMP = "%Y%m%dT%H%M%S"
+_NAME_LIMIT = 24
+TOKEN_LIMIT = ID_LIMIT - len("20261120T061500--") - _NAME_LIMIT
+_MIB = 1024 * 1024
+
+
+def migration_id(workload: str, now: datetime, token: str) -> str:
+    """An id that sorts by time: ``20261120T061500-counter-3f9a``.
+
+    ``now`` is aware of its zone; ``token`` (at most ``TOKEN_LIMIT`` characters) makes two ids of one second
+    different. The id is at most 48 characters of letters, digits, ``_``, ``.`` and ``-``: the name of a directory and
+    of a nftables table as it stands.
+    """
+    return f"{now.astimezone(UTC).strftime(_STAMP)}-{id_part(workload)}-{token}"
+
+
+def id_part(workload: str) -> str:
+    """What of a workload's name is in the ids of its migrations."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", workload)[:_NAME_LIMIT]
+
+
+def image_space_bytes(memory_bytes: int) -> int:
+    """Memory that the images of a workload of that size may take: page maps and sockets come on top of its pages."""
+    return memory_bytes + memory_bytes // 10 + 64 * _MIB
+
+
+def make_plan(
+    *,
+    migration: str,
+    workload: WorkloadSpec,
+    policy: Policy,
+    source: Host,
+    destination: Host,
+    source_facts: HostFacts,
+    destination_facts: HostFacts,
+    workload_facts: WorkloadFacts,
+    frames: FrameBuilder,
+) -> MigrationPlan:
+    """The plan of a move whose checks have passed. ``workload_facts`` are the source's.
+
+    Precondition: both hosts' interfaces exist, which preflight has checked; ``ValueError`` otherwise.
+    """
+    source_mac, destination_mac = _mac(source_facts), _mac(destination_facts)
+    return MigrationPlan(
+        id=migration,
+        workload=workload,
+        source=_endpoint(source),
+        destination=_endpoint(destination),
+        addresses=tuple(_address_move(text, source_mac, destination_mac, frames) for text in workload.addresses),
+        image_space_bytes=image_space_bytes(workload_facts.memory_bytes),
+        expected_pids=workload_facts.pids,
+        deadlines=policy.deadlines,
+        memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),
+        destination_criu=destination_facts.criu.version if destination_facts.criu else "",
+    )
+
+
+def memory_mode(policy: Policy, source: HostFacts) -> Mode:
+    """The mode of a move: ``auto`` is pre-copy where the source's kernel can tell which pages were written. The modes
+    that send rounds need that as well, and become stop-copy without it (preflight says so)."""
+    if policy.mode in ("auto", "pre-copy", "hybrid") and source.tracker == "none":
+        return "stop-copy"
+    return "pre-copy" if policy.mode == "auto" else policy.mode
+
+
+def _endpoint(host: Host) -> Endpoint:
+    return Endpoint(name=host.name, interface=host.interface, channel_address=host.channel_address)
+
+
+def _mac(facts: HostFacts) -> str:
+    if facts.interface is None:
+        raise ValueError(f"{facts.hostname} lacks its interface: a plan was made of facts that no check has passed")
+    return facts.interface.mac
+
+
+def _address_move(text: str, source_mac: str, destination_mac: str, frames: FrameBuilder) -> AddressMove:
+    interface = ip_interface(text)
+    address = str(interface.ip)
+    return AddressMove(
+        address=address,
+        prefixlen=interface.network.prefixlen,
+        announce_at_destination=frames(address, destination_mac),
+        announce_at_source=frames(address, source_mac),
+    )

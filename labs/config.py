@@ -1,0 +1,78 @@
+"""lab.toml: the description of the lab that livemove itself reads."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from labs.commands import LabError
+from labs.state import Paths
+from labs.topology import HOSTS, INTERFACE
+
+Value = str | list[str]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A service that can be moved, as the configuration names it."""
+
+    name: str
+    runtime: Literal["runc", "process"]
+    addresses: tuple[str, ...]  # with prefix length
+    container: str | None = None  # runc
+    bundle: str | None = None  # runc
+    pid_file: str | None = None  # process
+
+    def section(self) -> str:
+        fields: dict[str, Value | None] = {
+            "runtime": self.runtime,
+            "container": self.container,
+            "bundle": self.bundle,
+            "pid_file": self.pid_file,
+            "addresses": list(self.addresses),
+        }
+        return _section(f"workloads.{self.name}", fields)
+
+
+WORKLOADS = (
+    Workload("counter", "runc", ("192.0.2.200/24",), container="counter", bundle="/srv/counter"),
+    Workload("echo", "process", ("192.0.2.201/24",), pid_file="/run/echo.pid"),
+)
+
+
+def write(paths: Paths) -> None:
+    """Write the configuration of a lab with its hosts and the workloads every lab knows."""
+    sections = [
+        _section(
+            f"hosts.{host.name}",
+            {
+                "ssh": f"root@{host.address}",
+                "key": str(paths.operator_key),
+                "known_hosts": str(paths.known_hosts),
+                "interface": INTERFACE,
+            },
+        )
+        for host in HOSTS
+    ]
+    sections += [workload.section() for workload in WORKLOADS]
+    paths.config.write_text("\n".join(sections))
+
+
+def add_workload(path: Path, workload: Workload) -> None:
+    """Register a further workload in a lab's configuration; one that says the same already is left alone."""
+    text = path.read_text()
+    section = workload.section()
+    known = tomllib.loads(text).get("workloads", {})
+    if workload.name not in known:
+        path.write_text(f"{text}\n{section}")
+    elif known[workload.name] != tomllib.loads(section)["workloads"][workload.name]:
+        raise LabError(f"{path}: workload {workload.name!r} is there already and says something else; rename one")
+
+
+def _section(title: str, fields: dict[str, Value | None]) -> str:
+    # A JSON string or list of strings is one of TOML, too.
+    lines = [f"{key} = {json.dumps(value)}" for key, value in fields.items() if value is not None]
+    return "\n".join([f"[{title}]", *lines]) + "\n"

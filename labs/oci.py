@@ -1,0 +1,58 @@
+"""The OCI runtime configuration of the lab's containers: pure, one function, plain JSON data.
+
+What matters for a move is said where it is. The rest is what `runc spec` writes, with fewer mounts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
+
+IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
+ENOSYS = 38
+
+
+def config(*, name: str, hostname: str, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    """A read-only container in the host's own network, without a terminal."""
+    variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
+    return {
+        "ociVersion": "1.2.0",
+        "hostname": hostname,
+        "process": {
+            # A terminal is a pty of this host, held by a process of this host: neither comes along.
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0},
+            "args": command,
+            "env": [f"{key}={value}" for key, value in variables.items()],
+            "cwd": "/",
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
+            "noNewPrivileges": True,
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            _tmpfs("/dev", "mode=755", "size=65536k", "strictatime", "nosuid"),
+            _tmpfs("/run", "mode=755", "size=16384k", "nosuid", "nodev"),
+            _tmpfs("/tmp", "mode=1777", "size=65536k", "nosuid", "nodev"),
+        ],
+        "linux": {
+            # No network namespace: the service's address is one of the host's, as livemove moves it.
+            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")],
+            "cgroupsPath": f"/{name}",
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "seccomp": _without_io_uring(),
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    }
+
+
+def _tmpfs(destination: str, *options: str) -> dict[str, Any]:
+    return {"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": list(options)}
+
+
+def _without_io_uring() -> dict[str, Any]:
+    """CRIU cannot dump io_uring. Programs that find it missing (ENOSYS) fall back to what can be moved."""
+    refused = {"names": IO_URING, "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS}
+    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [refused]}

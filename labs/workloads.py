@@ -1,0 +1,204 @@
+"""The lab's workloads on the lab's hosts: put their files there, start them, take them away again.
+
+What a workload is called, where it listens and what runs it is read from the lab's own `lab.toml`, the file that
+`livemove` reads. This module knows how such a service is set up; it knows nothing of how it is moved.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shlex
+import time
+import tomllib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from labs import config, oci
+from labs.commands import LabError
+from labs.lab import Lab
+from labs.machines import Host
+from labs.topology import HOSTS, INTERFACE, STATIONS
+
+PORT = 7000
+CODE = "/srv/pattern"
+"""Where the service's files are on every host, and, through the container's root, in the container."""
+
+LISTEN_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 10.0
+SERVICE_FILES = (
+    "__init__.py",
+    "ballast.py",
+    "memory_regions.py",
+    "memory_server.py",
+    "pattern.py",
+    "pattern_server.py",
+)
+
+
+@dataclass(frozen=True)
+class Workload(config.Workload):
+    """A workload of the configuration, and what its service carries along, for tests and benchmarks."""
+
+    memory_mb: int = 0
+    dirty_mb_s: float = 0.0
+    program: str = "pattern_server"
+
+    @classmethod
+    def of_lab(cls, lab: Lab, name: str, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Workload:
+        """The workload as the lab's configuration describes it."""
+        table = tomllib.loads(lab.config_path.read_text())["workloads"]
+        if name not in table:
+            raise LabError(f"{lab.config_path} has no workload {name!r}; there are: {', '.join(table)}")
+        entry = table[name] | {"addresses": tuple(table[name]["addresses"])}
+        return cls(name=name, memory_mb=memory_mb, dirty_mb_s=dirty_mb_s, **entry)
+
+    @property
+    def listens_on(self) -> list[str]:
+        return [str(ipaddress.ip_interface(address).ip) for address in self.addresses]
+
+    @property
+    def command(self) -> list[str]:
+        """The service's command line, the same in a container and as a plain process."""
+        argv = ["python3", "-B", "-m", f"labs.services.{self.program}", "--port", str(PORT)]
+        for address in self.listens_on:
+            argv += ["--address", address]
+        argv += ["--memory-mb", str(self.memory_mb), "--dirty-mb-s", f"{self.dirty_mb_s:g}"]
+        return argv
+
+
+def install(lab: Lab, workload: Workload) -> None:
+    """Put what the workload needs on every host, the same on each: code and, for a container, its bundle.
+
+    May be repeated, also with other sizes. Undo: `uninstall`.
+    """
+    for station in HOSTS:
+        machine = lab.host(station.name)
+        _install_code(machine)
+        if workload.runtime == "runc":
+            _install_bundle(machine, workload)
+
+
+def uninstall(lab: Lab, workload: Workload, host: str) -> None:
+    """Take the workload's bundle off one host. The code stays: other workloads use it too."""
+    if workload.bundle:
+        _shell(lab.host(host), f"umount {workload.bundle}/rootfs && rm -r {workload.bundle}")
+
+
+def start(lab: Lab, workload: Workload, host: str) -> None:
+    """Start the installed workload on a host, with its addresses; return when it listens. Undo: `stop`."""
+    machine = lab.host(host)
+    with ExitStack() as undo:
+        for address in workload.addresses:
+            nodad = ["nodad"] if ":" in address else []
+            machine.run(["ip", "address", "add", address, "dev", INTERFACE, *nodad])
+            undo.callback(machine.run, ["ip", "address", "del", address, "dev", INTERFACE], check=False)
+        _forget_neighbours(lab, workload)
+        undo.callback(_end, machine, workload)
+        if workload.runtime == "runc":
+            _run_container(machine, workload)
+        else:
+            _run_process(machine, workload)
+        _wait_until_listening(machine, workload)
+        undo.pop_all()
+
+
+def stop(lab: Lab, workload: Workload) -> None:
+    """End the workload wherever it is and take its addresses away, on every host. May be repeated."""
+    for station in HOSTS:
+        machine = lab.host(station.name)
+        _end(machine, workload)
+        for address in workload.addresses:
+            machine.run(["ip", "address", "del", address, "dev", INTERFACE], check=False)
+
+
+def where(lab: Lab, workload: Workload) -> list[str]:
+    """The hosts on which something listens on the workload's address: one, if all is well."""
+    return [station.name for station in HOSTS if listening_pids(lab.host(station.name), workload)]
+
+
+def listening_pids(machine: Host, workload: Workload) -> list[str]:
+    """The processes that listen on the workload's addresses, as the host counts. Asked of the sockets, not of a
+    file: after a move no file need be where it was."""
+    sockets = machine.run(["ss", "-Hltnp", f"sport = :{PORT}"]).stdout.splitlines()
+    local = {f"[{a}]:{PORT}" if ":" in a else f"{a}:{PORT}" for a in workload.listens_on}
+    return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
+
+
+def _install_code(machine: Host) -> None:
+    """Size and time of the files are the same everywhere: a mapped or open file is compared by them."""
+    source = Path(__file__).parent / "services"
+    directory = f"{CODE}/labs/services"
+    machine.run(["mkdir", "-p", directory])
+    for name in SERVICE_FILES:
+        machine.write_file(f"{directory}/{name}", (source / name).read_text(), 0o644)
+    _shell(machine, f"find {CODE} -exec touch --date=@0 {{}} +")
+
+
+def _install_bundle(machine: Host, workload: Workload) -> None:
+    assert workload.bundle and workload.container
+    rootfs = f"{workload.bundle}/rootfs"
+    description = oci.config(
+        hostname=workload.name, command=workload.command, environment={"PYTHONPATH": CODE}, name=workload.container
+    )
+    # The container's root is the host's own, read-only: what is mounted in the host is not in it.
+    _shell(machine, f"mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}")
+    machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
+
+
+def _run_container(machine: Host, workload: Workload) -> None:
+    assert workload.bundle and workload.container
+    log = f"/run/{workload.container}.log"
+    argv = ["runc", "run", "--detach", "--bundle", workload.bundle, workload.container]
+    # A pipe to us would become part of the container, and could not be restored anywhere else.
+    done = _shell(machine, f"{shlex.join(argv)} </dev/null >/dev/null 2>{log}", check=False)
+    if done.returncode != 0:
+        raise LabError(f"{machine.name}: {shlex.join(argv)} failed:\n{machine.run(['cat', log]).stdout}")
+
+
+def _run_process(machine: Host, workload: Workload) -> None:
+    assert workload.pid_file
+    daemon = [*workload.command, "--daemon", "--pid-file", workload.pid_file]
+    machine.run(["env", f"PYTHONPATH={CODE}", *daemon])
+
+
+def _wait_until_listening(machine: Host, workload: Workload) -> None:
+    deadline = time.monotonic() + LISTEN_TIMEOUT_S
+    while not listening_pids(machine, workload):
+        if time.monotonic() > deadline or (workload.container and not _runs(machine, workload.container)):
+            said = machine.run(["cat", f"/run/{workload.container}.log"], check=False).stdout
+            raise LabError(f"{machine.name}: {workload.name} does not listen on port {PORT}\n{said}".rstrip())
+        time.sleep(0.02)
+
+
+def _runs(machine: Host, container: str) -> bool:
+    state = machine.run(["runc", "state", container], check=False)
+    return state.returncode == 0 and json.loads(state.stdout)["status"] in ("created", "running")
+
+
+def _end(machine: Host, workload: Workload) -> None:
+    """End the service on one host, container or process, whatever became of it."""
+    if workload.container:
+        machine.run(["runc", "delete", "--force", workload.container], check=False)
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while pids := listening_pids(machine, workload):
+        if time.monotonic() > deadline:
+            raise LabError(f"{machine.name}: {workload.name} does not end: process {', '.join(pids)}")
+        machine.run(["kill", "-KILL", *pids], check=False)
+    leftovers = [workload.pid_file] if workload.pid_file else [f"/run/{workload.container}.log"]
+    machine.run(["rm", "-f", *leftovers])
+
+
+def _shell(machine: Host, script: str, *, check: bool = True) -> CompletedProcess[str]:
+    return machine.run(["sh", "-c", script], check=check)
+
+
+def _forget_neighbours(lab: Lab, workload: Workload) -> None:
+    """Nobody may remember on which host the address was in an earlier test."""
+    for station in STATIONS:
+        for address in workload.listens_on:
+            family = "-6" if ":" in address else "-4"
+            lab.machine(station.name).run(["ip", family, "neighbour", "flush", "to", address], check=False)

@@ -1,0 +1,1 @@
+"""The tests of livemove: unit, contract, sim and integration."""

@@ -1,0 +1,374 @@
+"""What a hold does to real packets, on a cable between two network namespaces."""
+
+import asyncio
+import hashlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from scapy.layers.inet import IP, TCP, UDP, fragment
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet, Raw
+
+from netfix import nft
+from netfix.errors import KernelRefusedError
+from netfix.gate import CLOSED, OPEN, NftGate, holding, releasing
+from netfix.hold import HoldReport, NfqueueHold, hold_support
+from netfix.hold_buffer import HoldLimits
+from netfix.netlink import NETLINK_NETFILTER, NetlinkSocket
+from tests.contract.netfix_segment import (
+    HOST_MAC,
+    PEER,
+    PEER6,
+    PEER_MAC,
+    SERVICE,
+    SERVICE6,
+    Namespace,
+    Segment,
+    segment,
+)
+
+EACH_FAMILY = pytest.mark.parametrize("address", [SERVICE, SERVICE6])
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+async def cable() -> AsyncIterator[Segment]:
+    async with segment() as built:
+        yield built
+
+
+@pytest.fixture
+async def gate(cable: Segment) -> AsyncIterator[NftGate]:
+    made = await cable.host.call(lambda: NftGate("test", [SERVICE, SERVICE6]))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def hold(cable: Segment, gate: NftGate) -> AsyncIterator[NfqueueHold]:
+    """A hold that is open, behind a gate that queues."""
+    made = NfqueueHold()
+    await cable.host.run(made.open())
+    await gate.set(holding(made.queue))
+    yield made
+    await cable.host.call(made.close)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def _datagram_socket(address: str, port: int = 0) -> socket.socket:
+    made = socket.socket(_family(address), socket.SOCK_DGRAM)
+    made.bind((address, port))
+    made.setblocking(False)
+    return made
+
+
+async def _until(host: Namespace, hold: NfqueueHold, enough: Callable[[HoldReport], bool]) -> HoldReport:
+    """The hold's report as soon as it says that enough has come."""
+    async with asyncio.timeout(10):
+        while True:
+            report = await host.call(hold.report)
+            if enough(report):
+                return report
+            await asyncio.sleep(0)
+
+
+async def _release(cable: Segment, hold: NfqueueHold, gate: NftGate) -> HoldReport:
+    await gate.set(releasing(hold.queue))
+    return await cable.host.run(hold.release(lambda: gate.set(OPEN)))
+
+
+def _numbers(service: socket.socket) -> list[int]:
+    found = []
+    while True:
+        try:
+            found.append(int(service.recv(65536).split(b" ", 1)[0]))
+        except BlockingIOError:
+            return found
+
+
+async def test_this_kernel_can_hold_and_trying_leaves_nothing(cable: Segment) -> None:
+    assert await cable.host.run(hold_support()) in ("queue", "target")
+
+    def tables() -> list[nft.Table]:
+        with NetlinkSocket(NETLINK_NETFILTER, "test") as netlink:
+            return nft.tables(netlink)
+
+    assert await cable.host.call(tables) == []
+
+
+@EACH_FAMILY
+async def test_a_handshake_waits_and_then_is_made(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    client = await cable.peer.call(lambda: socket.socket(_family(address)))
+    loop = asyncio.get_running_loop()
+    with listener, client:
+        client.setblocking(False)
+        connecting = asyncio.ensure_future(loop.sock_connect(client, listener.getsockname()[:2]))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == 1)
+        assert not connecting.done()
+        await _release(cable, hold, gate)
+        await asyncio.wait_for(connecting, 10)
+        service, _ = await asyncio.to_thread(listener.accept)
+        with service:
+            client.send(b"hello")
+            assert service.recv(5) == b"hello"
+
+
+@EACH_FAMILY
+async def test_a_stream_in_large_segments_comes_out_whole(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    """With segmentation offload a packet of a stream is up to 64 KiB; those are held and let go in one piece."""
+    content = random.Random(1).randbytes(1 << 20)
+    await gate.set(OPEN)
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    with listener:
+        where = listener.getsockname()[:2]
+        client = await cable.peer.call(lambda: socket.create_connection(where, timeout=10))
+        service, _ = listener.accept()
+        with client, service:
+            # Once there and back, so that the congestion window is no longer the initial one.
+            first = asyncio.to_thread(client.sendall, content)
+            await asyncio.gather(first, asyncio.to_thread(_read, service, len(content)))
+            await gate.set(holding(hold.queue))
+            sending = asyncio.create_task(asyncio.to_thread(client.sendall, content))
+            report = await _until(cable.host, hold, lambda report: report.waiting_packets > 0)
+            assert report.waiting_bytes > 1500 * report.waiting_packets, "the packets are larger than the MTU"
+            await _release(cable, hold, gate)
+            received = await asyncio.to_thread(_read, service, len(content))
+            await sending
+    assert hashlib.sha256(received).digest() == hashlib.sha256(content).digest()
+
+
+def _read(service: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        data += service.recv(1 << 16)
+    return bytes(data)
+
+
+def _in_fragments(address: str) -> list[Packet]:
+    ethernet = Ether(src=PEER_MAC, dst=HOST_MAC)
+    datagram = UDP(sport=5, dport=9000) / Raw(b"7 " + bytes(3000))
+    if ":" in address:
+        whole = IPv6(src=PEER6, dst=address) / IPv6ExtHdrFragment() / datagram
+        return [ethernet / part for part in fragment6(whole, 1280)]
+    return [ethernet / part for part in fragment(IP(src=PEER, dst=address) / datagram, 1000)]
+
+
+@EACH_FAMILY
+async def test_fragments_are_held_and_put_together_behind(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    with closing(await cable.host.call(lambda: _datagram_socket(address, 9000))) as service:
+        parts = _in_fragments(address)
+        for part in parts:
+            await cable.transmit(bytes(part))
+        # One packet where the kernel's defragmentation (of connection tracking) comes before the gate.
+        await _until(cable.host, hold, lambda report: report.waiting_packets in (1, len(parts)))
+        await cable.arrived()
+        assert _numbers(service) == []
+        await _release(cable, hold, gate)
+        assert _numbers(service) == [7]
+
+
+@EACH_FAMILY
+async def test_datagrams_keep_their_order_through_release_and_opening(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    """A peer that sends on all the time: before, during and after the release, each datagram comes once, in order."""
+    total, opened, sent_before = 600, asyncio.Event(), 200
+    with (
+        closing(await cable.host.call(lambda: _datagram_socket(address, 9000))) as service,
+        closing(await cable.peer.call(lambda: socket.socket(_family(address), socket.SOCK_DGRAM))) as peer,
+    ):
+        service.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
+
+        async def send_on() -> None:
+            for number in range(sent_before, total):
+                peer.sendto(b"%d" % number, (address, 9000))
+                await asyncio.sleep(0)
+                if number == total // 2:
+                    await opened.wait()
+
+        for number in range(sent_before):
+            peer.sendto(b"%d" % number, (address, 9000))
+        sending = asyncio.create_task(send_on())
+        await _until(cable.host, hold, lambda report: report.waiting_packets >= sent_before)
+        report = await _release(cable, hold, gate)
+        opened.set()
+        await sending
+        numbers = _numbers(service)
+        async with asyncio.timeout(10):
+            while len(numbers) < total:
+                await asyncio.sleep(0)
+                numbers += _numbers(service)
+        assert sorted(numbers) == list(range(total))
+        if report.late == 0:
+            assert numbers == list(range(total))
+
+
+async def test_udp_is_let_go_as_fast_as_the_service_reads(cable: Segment, gate: NftGate, hold: NfqueueHold) -> None:
+    """What is held is several times what the socket's receive buffer takes."""
+    total = 1000
+    with (
+        closing(await cable.host.call(lambda: _datagram_socket(SERVICE, 9000))) as service,
+        closing(await cable.peer.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))) as peer,
+    ):
+        service.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        for number in range(total):
+            peer.sendto(b"%d" % number, (SERVICE, 9000))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == total)
+        received: list[int] = []
+        all_read = asyncio.Event()
+        reader = asyncio.get_running_loop()
+
+        def read() -> None:
+            received.extend(_numbers(service))
+            if len(received) >= total:
+                all_read.set()
+
+        reader.add_reader(service.fileno(), read)
+        try:
+            report = await _release(cable, hold, gate)
+            async with asyncio.timeout(10):
+                await all_read.wait()
+        finally:
+            reader.remove_reader(service.fileno())
+        assert received == list(range(total))
+        assert (report.released, report.waiting_packets) == (total, 0)
+
+
+async def test_a_service_that_does_not_read_its_datagrams_does_not_keep_others_waiting(
+    cable: Segment, gate: NftGate, hold: NfqueueHold
+) -> None:
+    with (
+        closing(await cable.host.call(lambda: _datagram_socket(SERVICE, 9000))) as deaf,
+        closing(await cable.host.call(lambda: _datagram_socket(SERVICE, 9001))) as service,
+        closing(await cable.peer.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))) as peer,
+    ):
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for number in range(100):
+            for port in (9000, 9001):
+                peer.sendto(b"%d" % number, (SERVICE, port))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == 200)
+        report = await _release(cable, hold, gate)
+        assert (report.released, report.waiting_packets) == (200, 0)
+        assert _numbers(service) == list(range(100))
+        deaf_got = _numbers(deaf)
+        assert 0 < len(deaf_got) < 100
+        assert deaf_got == list(range(len(deaf_got)))
+
+
+async def test_what_is_not_udp_is_dropped_when_it_comes_last(cable: Segment, gate: NftGate) -> None:
+    small = NfqueueHold(HoldLimits(packets=3))
+    await cable.host.run(small.open())
+    try:
+        await gate.set(holding(small.queue))
+        for port in range(1, 6):
+            syn = Ether(src=PEER_MAC, dst=HOST_MAC) / IP(src=PEER, dst=SERVICE) / TCP(dport=port, flags="S")
+            await cable.transmit(bytes(syn))
+        report = await _until(cable.host, small, lambda report: report.held_packets == 5)
+        assert (report.waiting_packets, report.dropped_udp, report.dropped_other) == (3, 0, 2)
+        await _release(cable, small, gate)
+        answers = [frame for frame in await cable.arrived() if TCP in frame]
+        assert [answer[TCP].sport for answer in answers] == [1, 2, 3], "the resets of closed ports, in order"
+    finally:
+        await cable.host.call(small.close)
+
+
+async def test_a_queue_has_one_listener(cable: Segment, hold: NfqueueHold) -> None:
+    second = NfqueueHold(number=hold.queue)
+    with pytest.raises(KernelRefusedError, match="listener"):
+        await cable.host.run(second.open())
+    assert second.queue is None
+    other = NfqueueHold()
+    await cable.host.run(other.open())
+    assert other.queue not in (None, hold.queue)
+    await cable.host.call(other.close)
+
+
+async def test_the_kernel_throws_out_what_is_queued_when_any_hook_goes(
+    cable: Segment, gate: NftGate, hold: NfqueueHold
+) -> None:
+    """Why a gate is opened with `set` before it is removed, and why another's removal costs a retransmission."""
+    other = await cable.host.call(lambda: NftGate("other", [SERVICE]))
+    with (
+        closing(other),
+        closing(await cable.host.call(lambda: _datagram_socket(SERVICE, 9000))) as service,
+        closing(await cable.peer.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))) as peer,
+    ):
+        await other.set(OPEN)
+        peer.sendto(b"1", (SERVICE, 9000))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == 1)
+        await other.set(CLOSED)
+        await other.set(OPEN)
+        peer.sendto(b"2", (SERVICE, 9000))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == 2)
+        await other.remove()
+        peer.sendto(b"3", (SERVICE, 9000))
+        await _until(cable.host, hold, lambda report: report.waiting_packets == 3)
+        report = await _release(cable, hold, gate)
+        assert _numbers(service) == [3]
+        assert report.kernel_dropped == 2
+
+
+_HOLDER = """
+import asyncio, sys
+from netfix.gate import NftGate, holding
+from netfix.hold import NfqueueHold
+
+async def main():
+    hold, gate = NfqueueHold(), NftGate("test", [sys.argv[1]])
+    await hold.open()
+    await gate.set(holding(hold.queue))
+    print(hold.queue, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_when_its_process_is_killed_nothing_passes(cable: Segment) -> None:
+    """Neither what was held nor what comes: the rule has no bypass flag."""
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _HOLDER, SERVICE]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+
+    with (
+        closing(await cable.host.call(lambda: _datagram_socket(SERVICE, 9000))) as service,
+        closing(await cable.peer.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))) as peer,
+        await cable.host.call(start) as holder,
+    ):
+        assert holder.stdout is not None
+        try:
+            assert int(await asyncio.to_thread(holder.stdout.readline)) > 0
+            peer.sendto(b"1", (SERVICE, 9000))
+            await cable.arrived()
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(holder.wait)
+        peer.sendto(b"2", (SERVICE, 9000))
+        await cable.arrived()
+        assert _numbers(service) == []
+        gate = await cable.host.call(lambda: NftGate("test", [SERVICE]))
+        await gate.set(OPEN)
+        peer.sendto(b"3", (SERVICE, 9000))
+        await cable.arrived()
+        assert _numbers(service) == [3]
+        await gate.remove()
+        gate.close()

@@ -1,0 +1,112 @@
+"""The tree tracker over processes that are made up: pids used again, processes that go while they are asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.agent.memory import tree
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun
+from coordinator.agent.memory.ptrace import TargetGone
+from coordinator.agent.memory.tree import TreeTracker
+from coordinator.errors import TrackingFailed
+
+NOTHING = Changes((), (), (), 0)
+ALL = Changes((PageRun(PAGE_BYTES, 1),), (), (), 1)
+
+
+class World:
+    """Processes by pid, with their start times, and the trackers made for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started = {100: 1}
+        self.open: set[tuple[int, int]] = set()
+        self.refused: set[int] = set()
+        monkeypatch.setattr(tree, "start_time", self.started.get)
+        monkeypatch.setattr(tree, "process_tree", lambda _root: list(self.started))
+        monkeypatch.setattr(tree, "inner_pid", lambda pid: pid - 99)
+        monkeypatch.setattr(tree, "scan_all", lambda _pid: ALL)
+        monkeypatch.setattr(TreeTracker, "_shares_memory", lambda *_: False)
+
+    def make(self, pid: int) -> FakeTracker:
+        if pid in self.refused:
+            raise TrackingFailed(f"process {pid} is refused")
+        return FakeTracker(self, pid)
+
+
+class FakeTracker:
+    def __init__(self, world: World, pid: int) -> None:
+        self.world, self.pid, self.name = world, pid, (pid, world.started[pid])
+        world.open.add(self.name)
+        self.asked = False
+
+    def collect(self, *, last: bool = False) -> Changes:
+        if (self.pid, self.world.started.get(self.pid)) != self.name:
+            raise TargetGone("gone")
+        self.asked, first = True, not self.asked
+        return ALL if first else NOTHING
+
+    def close(self) -> None:
+        self.world.open.discard(self.name)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_a_pid_that_is_used_again_is_another_process(world: World) -> None:
+    world.started[101] = 5
+    tracker = TreeTracker(100, world.make)
+    assert tracker.collect()[101].fresh
+    assert not tracker.collect()[101].fresh
+    world.started[101] = 9
+    answer = tracker.collect()[101]
+    assert (answer.fresh, answer.started, answer.inner_pid) == (True, 9, 2)
+    assert tracker.take_gone() == (2,)
+    assert world.open == {(100, 1), (101, 9)}
+
+
+def test_one_that_goes_while_it_is_asked_is_gone(world: World) -> None:
+    world.started[101] = 5
+    tracker = TreeTracker(100, world.make)
+    del world.started[101]
+    assert tracker.collect().keys() == {100}
+    assert tracker.take_gone() == (2,)
+    assert world.open == {(100, 1)}
+
+
+def test_nothing_is_attached_in_the_last_round(world: World) -> None:
+    tracker = TreeTracker(100, world.make)
+    world.started[101] = 5
+    answer = tracker.collect(last=True)[101]
+    assert (answer.fresh, answer.changes) == (True, ALL)
+    assert world.open == {(100, 1)}
+    tracker.close()
+    assert not world.open
+
+
+def test_one_that_cannot_be_tracked_at_the_start_undoes_all(world: World) -> None:
+    world.started[101] = 5
+    world.refused.add(101)
+    with pytest.raises(TrackingFailed):
+        TreeTracker(100, world.make)
+    assert not world.open
+
+
+def test_one_that_cannot_be_tracked_later_is_named_and_tried_again(world: World) -> None:
+    tracker = TreeTracker(100, world.make)
+    world.started[101] = 5
+    world.refused.add(101)
+    for _ in range(2):
+        answer = tracker.collect()[101]
+        assert (answer.fresh, answer.untracked) == (True, "process 101 is refused")
+    world.refused.clear()
+    assert tracker.collect()[101].untracked is None
+    assert not tracker.collect()[101].fresh
+
+
+def test_a_root_that_is_another_process_is_gone(world: World) -> None:
+    tracker = TreeTracker(100, world.make)
+    world.started[100] = 2
+    with pytest.raises(TargetGone):
+        tracker.collect()
