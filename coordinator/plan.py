@@ -72,7 +72,6 @@ def make_plan(
         expected_pids=workload_facts.pids,
         deadlines=policy.deadlines,
         memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),
-        destination_criu=destination_facts.criu.version if destination_facts.criu else "",
     )
 
 

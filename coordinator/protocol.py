@@ -82,7 +82,7 @@ class MemoryPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationPlan:
     """All that the halves need; nothing else is asked of the coordinator once they are prepared. ``expected_pids`` are
-    the pids and thread ids of the workload on the source, the root's first; ``destination_criu`` is a version."""
+    the pids and thread ids of the workload on the source, the root's first."""
 
     id: str
     workload: WorkloadSpec
@@ -93,7 +93,6 @@ class MigrationPlan:
     expected_pids: tuple[int, ...]
     deadlines: Deadlines
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
-    destination_criu: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from coordinator.agent.half import Adapters
 from coordinator.agent.images import RUN_DIR, TmpfsImageSpace
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.copying import MemorySource
-from coordinator.agent.memory.filling import LazyMemory
+from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.network import NetfixNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
@@ -72,7 +72,7 @@ def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapte
         images=images,
         network=network,
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),
-        memory_destination=LazyMemory,
+        memory_destination=StoredMemory,
         pace=priority.set_pace,
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
         start_time=start_time,

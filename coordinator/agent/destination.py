@@ -147,7 +147,7 @@ class DestinationHalf(HalfWithMemory):
         self._go = asyncio.ensure_future(self._receive_go())
         if self._memory is not None:
             fetch = self._fetcher.fetch if self._fetcher is not None else None
-            await self._memory.start_daemon(self.images.images, self.images.work, fetch)
+            await self._memory.serve(self.images.images, fetch)
         restore.begin()
         root_pid = await self._staged(restore, self._go)
         if self._memory is not None:

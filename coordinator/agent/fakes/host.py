@@ -301,7 +301,7 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         images=FakeImageSpace(life),
         network=network,
         memory_source=lambda policy: fake_memory_source(life, policy),
-        memory_destination=lambda _: FakeFilling(life),
+        memory_destination=lambda: FakeFilling(life),
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,

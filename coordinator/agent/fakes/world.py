@@ -46,13 +46,13 @@ class Machine:
     memory: dict[Page, bytes] = field(default_factory=dict)
     missing: set[Page] = field(default_factory=set)  # a task that touches one of them waits
     keepers: set[str] = field(default_factory=set)  # who has a userfaultfd: without any, missing pages read as zero
-    daemon: Callable[[Page], Awaitable[bool]] | None = None  # has CRIU's daemon bring in a page
+    daemon: Callable[[Page], Awaitable[bool]] | None = None  # has the filler bring in a page
     trackers: int = 0
     registered: bool = False  # the runtime knows the workload
     gates: dict[str, GateState] = field(default_factory=dict)
     files: dict[str, bytes] | None = None  # the image space
     commands: dict[int, asyncio.Task[int]] = field(default_factory=dict)
-    helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # CRIU's daemon and the guard
+    helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # filler and guard
     holds: list[FakeHold] = field(default_factory=list)  # that a living agent has open
 
     def __post_init__(self) -> None:

@@ -60,7 +60,6 @@ def make_plan(deadlines: Deadlines | None = None, memory: MemoryPolicy | None = 
         expected_pids=(100,),
         deadlines=deadlines or Deadlines(copy_s=100.0),
         memory=memory or MemoryPolicy(),
-        destination_criu="4.2",
     )
 
 
