@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
@@ -187,8 +188,8 @@ class Dump(Protocol):
     async def ready(self) -> None:
         """Return when CRIU stands directly before the freeze."""
 
-    def freeze(self) -> None:
-        """Let CRIU freeze the tasks and write the images."""
+    def freeze(self, root_pid: int) -> None:
+        """Let CRIU freeze the tasks, the first of which is ``root_pid``, and write the images."""
 
     async def dumped(self) -> None:
         """Return when the images are complete and the tasks frozen; raise ``DumpFailed`` if that cannot be reached."""
@@ -285,14 +286,23 @@ class CriuDump(CriuRun):
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
 
-    def freeze(self) -> None:
+    _watch: NapWatch | None = None
+
+    def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
+        self._watch = NapWatch(self._running.pid, root_pid)
+        self._watch.begin()
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
     async def dumped(self) -> None:
         """See ``Dump``."""
-        self._hook.doom(process_tree(await self._stands_at(POST_DUMP)))
+        try:
+            root_pid = await self._stands_at(POST_DUMP)
+        finally:
+            if self._watch is not None:
+                self._watch.end()
+        self._hook.doom(process_tree(root_pid))
 
     async def end(self) -> None:
         """See ``Dump``."""

@@ -167,7 +167,7 @@ class SourceHalf(Half):
         await self.network.set_gate(CLOSED)
         self._frozen_at = self.clock()
         self.enter(Phase.FROZEN)
-        dump.freeze()
+        dump.freeze(self._root_pid)
         await self._link().send(FrozenNow())
 
     async def _send_images(self) -> None:
