@@ -54,7 +54,8 @@ class LeftoverFacts:
 class HostFacts:
     """What preflight wants to know of a host. ``identity`` differs between any two running hosts, also when they share
     a kernel (boot id, pid and network namespace). ``taken_pids`` are all process and thread ids in use; ``tracker`` is
-    how this kernel can tell which pages were written, ``tracker_problem`` why it cannot."""
+    how this kernel can tell which pages were written, ``tracker_problem`` why it cannot;
+    ``tracks_connections``: the kernel's connection table has entries, as on a host with a stateful firewall or NAT."""
 
     hostname: str
     identity: str
@@ -76,6 +77,7 @@ class HostFacts:
     taken_pids: tuple[int, ...] = ()
     tracker: Literal["write_protect", "soft_dirty", "none"] = "none"
     tracker_problem: str = ""
+    tracks_connections: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

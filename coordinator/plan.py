@@ -73,6 +73,7 @@ def make_plan(
         deadlines=policy.deadlines,
         memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),
         destination_criu=destination_facts.criu.version if destination_facts.criu else "",
+        track_connections=destination_facts.tracks_connections,
     )
 
 

@@ -82,7 +82,8 @@ class MemoryPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationPlan:
     """All that the halves need; nothing else is asked of the coordinator once they are prepared. ``expected_pids`` are
-    the pids and thread ids of the workload on the source, the root's first; ``destination_criu`` is a version."""
+    the pids and thread ids of the workload on the source, the root's first; ``destination_criu`` is a version;
+    ``track_connections``: the destination has a connection table that must know the workload's connections."""
 
     id: str
     workload: WorkloadSpec
@@ -94,6 +95,7 @@ class MigrationPlan:
     deadlines: Deadlines
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
     destination_criu: str = ""
+    track_connections: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from coordinator.facts import WorkloadSpec
 from coordinator.journal import DEFAULT_STATE_DIR, Journal
 from coordinator.protocol import Credentials, Endpoint, MigrationPlan
 from netfix.address import NetlinkAddressBook
+from netfix.conntrack import NetlinkConnectionTable
 from netfix.frames import PacketFramePort
 from netfix.gate import NftGate
 from netfix.hold import NfqueueHold
@@ -64,6 +65,7 @@ def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapte
         port=PacketFramePort(here.interface),
         inventory=DiagSocketInventory(),
         hold=NfqueueHold(),
+        table=NetlinkConnectionTable(),
         inodes=tree_socket_inodes,
     )
     return Adapters(

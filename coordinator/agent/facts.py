@@ -23,6 +23,7 @@ from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, t
 from coordinator.errors import CommandFailed
 from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, LeftoverFacts, WorkloadFacts, WorkloadSpec
 from netfix.address import NetlinkAddressBook
+from netfix.conntrack import NetlinkConnectionTable
 from netfix.errors import NetfixError, NoSuchInterfaceError
 from netfix.gate import find_gates
 from netfix.inventory import findings, other_sockets
@@ -69,6 +70,7 @@ async def describe_host(interface: str, unfinished: tuple[str, ...]) -> HostFact
         taken_pids=tuple(all_ids()),
         tracker=tracker.name,
         tracker_problem="" if tracker.make else tracker.reason,
+        tracks_connections=await _tracks_connections(),
     )
 
 
@@ -134,6 +136,14 @@ async def _firewall(unfinished: tuple[str, ...]) -> tuple[bool, tuple[LeftoverFa
     return True, tuple(
         LeftoverFacts(kind=item.kind, detail=item.detail, hint=item.hint) for item in found if item.table not in ours
     )
+
+
+async def _tracks_connections() -> bool:
+    table = NetlinkConnectionTable()
+    try:
+        return await table.tracks()
+    finally:
+        table.close()
 
 
 async def _interface(name: str) -> InterfaceFacts | None:

@@ -16,6 +16,8 @@ from coordinator.errors import NetworkChangeFailed
 from coordinator.facts import SocketFacts
 from coordinator.protocol import AddressMove
 from netfix.address import AddressBook, AddressRecord
+from netfix.conntrack import ConnectionTable
+from netfix.conntrack_entry import Connection, untracked
 from netfix.errors import NetfixError
 from netfix.frames import FramePort, announce
 from netfix.gate import OPEN, Gate, GateState, holding, releasing
@@ -62,6 +64,17 @@ class ServiceNetwork(Protocol):
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """The sockets on the addresses or on the wildcard that belong to the process tree below ``root_pid``."""
 
+    async def tracked_connections(self) -> list[Connection]:
+        """What a firewall must know of the connections to and from the addresses: this host's own entries, and entries
+        made up for the sockets that it does not track."""
+
+    async def track_connections(self, connections: Sequence[Connection]) -> None:
+        """Make those entries in this host's connection table."""
+
+    async def forget_connections(self) -> None:
+        """Remove the entries that name the addresses. Those of this host's own connections to the service stay, which
+        go on wherever it is. Idempotent."""
+
     async def close(self) -> None:
         """Let go of netlink and packet sockets; what was changed on the host stays."""
 
@@ -79,6 +92,7 @@ class NetfixNetwork:
         port: FramePort,
         inventory: SocketInventory,
         hold: Hold,
+        table: ConnectionTable,
         inodes: Callable[[int], set[int]],
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
@@ -88,6 +102,7 @@ class NetfixNetwork:
         self._port = port
         self._inventory = inventory
         self._hold = hold
+        self._table = table
         self._inodes = inodes
         self._sleep = sleep
         self._repeats: asyncio.Task[None] | None = None
@@ -160,10 +175,29 @@ class NetfixNetwork:
         addresses = [record.address for record in self._records]
         return socket_facts(of_addresses(owned_by(records, self._inodes(root_pid)), addresses, wildcard=True))
 
+    async def tracked_connections(self) -> list[Connection]:
+        """See ``ServiceNetwork``. The addresses are the workload's alone, and with them all sockets on them."""
+        addresses = [record.address for record in self._records]
+        with _network_errors():
+            found = await self._table.connections(addresses)
+            return [*found, *untracked(await self._inventory.sockets(), addresses, found)]
+
+    async def track_connections(self, connections: Sequence[Connection]) -> None:
+        """See ``ServiceNetwork``."""
+        with _network_errors():
+            await self._table.create(connections)
+
+    async def forget_connections(self) -> None:
+        """See ``ServiceNetwork``."""
+        addresses = [record.address for record in self._records]
+        with _network_errors():
+            own = {record.address for record in await self._book.on_interface(self._records[0].interface)}
+            await self._table.remove(addresses, own - set(addresses))
+
     async def close(self) -> None:
         """See ``ServiceNetwork``."""
         await self._cancel_repeats()
-        for part in (self._hold, self._gate, self._book, self._port, self._inventory):
+        for part in (self._hold, self._gate, self._book, self._port, self._inventory, self._table):
             part.close()
 
     async def _cancel_repeats(self) -> None:
