@@ -94,6 +94,35 @@ class SocketFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouteFacts:
+    """A route in a workload's network namespace; see ``netfix.attachment.Route``."""
+
+    destination: str
+    gateway: str
+    source: str
+    priority: int
+    scope: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceFacts:
+    """A workload's own network namespace at ``path``, and how it is attached; see ``netfix.attachment.Attachment``."""
+
+    path: str
+    interface: str
+    kind: str
+    parent: str
+    host_end: str
+    mode: str
+    mac: str
+    mtu: int
+    addresses: tuple[str, ...]
+    routes: tuple[RouteFacts, ...]
+    sysctls: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
     """Something of a workload that CRIU would refuse or lose; ``code`` is the stable code of the finding."""
 
@@ -110,7 +139,8 @@ class WorkloadFacts:
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
     thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
     container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
-    the id of a migration of it that is unfinished here."""
+    the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where it has one;
+    ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run it."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0
@@ -124,3 +154,5 @@ class WorkloadFacts:
     executable: str = ""
     obstacles: tuple[Obstacle, ...] = ()
     moving: str = ""
+    namespace: NamespaceFacts | None = None
+    namespace_taken: str = ""

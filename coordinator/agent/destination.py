@@ -59,6 +59,7 @@ class DestinationHalf(HalfWithMemory):
             "addresses": lambda _: self.network.remove_addresses(),
             "restore": self._discard,
             "memory": self._end_memory,
+            "namespace": lambda _: self.network.remove_namespace(),
             "connections": lambda _: self.network.forget_connections(),
         }
 
@@ -67,6 +68,10 @@ class DestinationHalf(HalfWithMemory):
         await self.runtime.prepare_restore()
         self.deeds.record("image_space")
         await self.images.create(self.plan.image_space_bytes)
+        if self.plan.namespace is not None:
+            await self.network.check_namespace()
+            self.deeds.record("namespace")
+            await self.network.make_namespace()
         self.deeds.record("gate")
         await self.network.open_hold()
         await self.network.set_gate(CLOSED)
@@ -293,7 +298,7 @@ class DestinationHalf(HalfWithMemory):
             await self.network.announced()
         except LivemoveError as error:
             self.warn(f"announcing on {self.host}: {error}")
-        self.warn(*await self.deeds.undo(keep=("addresses", "restore", "connections")))
+        self.warn(*await self.deeds.undo(keep=("addresses", "restore", "connections", "namespace")))
         self.finished(Phase.RELEASED)
         return self.result("moved", root_pid=self._root_pid, frozen_bytes=self._received_bytes, sockets=self._sockets)
 

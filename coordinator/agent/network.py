@@ -18,7 +18,7 @@ from coordinator.protocol import AddressMove
 from netfix.address import AddressBook, AddressRecord
 from netfix.conntrack import ConnectionTable
 from netfix.conntrack_entry import Connection, untracked
-from netfix.errors import NetfixError
+from netfix.errors import NetfixError, NoSuchInterfaceError
 from netfix.frames import FramePort, announce
 from netfix.gate import OPEN, Gate, GateState, holding, releasing
 from netfix.hold import Hold, HoldReport
@@ -27,6 +27,15 @@ from netfix.sockets import SocketInventory, SocketRecord, of_addresses, owned_by
 
 class ServiceNetwork(Protocol):
     """What a half can do to its host's network, for this migration's addresses only."""
+
+    async def check_namespace(self) -> None:
+        """Destination: raise ``NetworkChangeFailed`` if there is something where ``make_namespace`` would make it."""
+
+    async def make_namespace(self) -> None:
+        """Destination: make the workload's own network namespace, if it has one, with its interface down."""
+
+    async def remove_namespace(self) -> None:
+        """Remove the workload's own network namespace, which no task is in any more. Idempotent."""
 
     async def set_gate(self, state: GateState) -> None:
         """Let packets pass or not, and the host answer for the addresses or not, in one atomic change."""
@@ -50,10 +59,10 @@ class ServiceNetwork(Protocol):
         """Throw away what was kept, after an abort: peers send it again to the source. Idempotent."""
 
     async def add_addresses(self) -> None:
-        """Put the addresses on the interface. Idempotent."""
+        """Put the addresses on the interface; the workload's own interface comes up with them. Idempotent."""
 
     async def remove_addresses(self) -> None:
-        """Take the addresses off the interface. Idempotent."""
+        """Take the addresses off the interface; the workload's own interface goes with them. Idempotent."""
 
     async def announce(self, frames: Sequence[bytes]) -> None:
         """Tell the segment that the addresses are here: a burst at once, repeats in the background for a second."""
@@ -80,7 +89,9 @@ class ServiceNetwork(Protocol):
 
 
 class NetfixNetwork:
-    """The real ``ServiceNetwork``, and with netfix's fakes the one for unit tests."""
+    """The real ``ServiceNetwork``, and with netfix's fakes the one for unit tests.
+
+    ``sockets_tracked``: the table is that of the network namespace in which the sockets are."""
 
     def __init__(
         self,
@@ -94,6 +105,7 @@ class NetfixNetwork:
         hold: Hold,
         table: ConnectionTable,
         inodes: Callable[[int], set[int]],
+        sockets_tracked: bool = True,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._records = [AddressRecord(move.address, move.prefixlen, interface) for move in moves]
@@ -104,24 +116,34 @@ class NetfixNetwork:
         self._hold = hold
         self._table = table
         self._inodes = inodes
+        self._sockets_tracked = sockets_tracked
         self._sleep = sleep
         self._repeats: asyncio.Task[None] | None = None
+
+    async def check_namespace(self) -> None:
+        """See ``ServiceNetwork``: none is made."""
+
+    async def make_namespace(self) -> None:
+        """See ``ServiceNetwork``: the host's own is there."""
+
+    async def remove_namespace(self) -> None:
+        """See ``ServiceNetwork``: the host's own stays."""
 
     async def set_gate(self, state: GateState) -> None:
         """See ``ServiceNetwork``. Who answers no more does not announce any more either (I2)."""
         if not state.answering:
             await self._cancel_repeats()
-        with _network_errors():
+        with network_errors():
             await self._gate.set(state)
 
     async def remove_gate(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._gate.remove()
 
     async def open_hold(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._hold.open()
 
     async def hold_arrivals(self) -> None:
@@ -134,29 +156,29 @@ class NetfixNetwork:
 
     async def release_arrivals(self) -> HoldReport:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             return await self._hold.release(lambda: self._gate.set(OPEN))
 
     async def drop_arrivals(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._hold.discard()
 
     async def add_addresses(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             for record in self._records:
                 await self._book.add(record)
 
     async def remove_addresses(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             for record in self._records:
                 await self._book.remove(record)
 
     async def announce(self, frames: Sequence[bytes]) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await announce(self._port, frames, repeats=0)
         await self._cancel_repeats()
         self._repeats = asyncio.create_task(announce(self._port, frames, burst=0, sleep=self._sleep))
@@ -170,7 +192,7 @@ class NetfixNetwork:
 
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             records = await self._inventory.sockets()
         addresses = [record.address for record in self._records]
         return socket_facts(of_addresses(owned_by(records, self._inodes(root_pid)), addresses, wildcard=True))
@@ -178,20 +200,24 @@ class NetfixNetwork:
     async def tracked_connections(self) -> list[Connection]:
         """See ``ServiceNetwork``. The addresses are the workload's alone, and with them all sockets on them."""
         addresses = [record.address for record in self._records]
-        with _network_errors():
+        with network_errors():
             found = await self._table.connections(addresses)
+            if not self._sockets_tracked:
+                return found
             return [*found, *untracked(await self._inventory.sockets(), addresses, found)]
 
     async def track_connections(self, connections: Sequence[Connection]) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._table.create(connections)
 
     async def forget_connections(self) -> None:
         """See ``ServiceNetwork``."""
         addresses = [record.address for record in self._records]
-        with _network_errors():
-            own = {record.address for record in await self._book.on_interface(self._records[0].interface)}
+        with network_errors():
+            own: set[str] = set()
+            with contextlib.suppress(NoSuchInterfaceError):  # the workload's own, and gone
+                own = {record.address for record in await self._book.on_interface(self._records[0].interface)}
             await self._table.remove(addresses, own - set(addresses))
 
     async def close(self) -> None:
@@ -231,7 +257,7 @@ def tree_socket_inodes(root_pid: int) -> set[int]:
 
 
 @contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
+def network_errors() -> Iterator[None]:
     try:
         yield
     except NetfixError as error:

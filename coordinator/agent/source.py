@@ -241,7 +241,8 @@ class SourceHalf(Half):
         await self._close_memory()
         try:
             network = self.network
-            steps = (self._end_dump, self.runtime.forget, network.remove_addresses, network.forget_connections)
+            steps = [self._end_dump, self.runtime.forget, network.remove_addresses, network.forget_connections]
+            steps += [network.remove_namespace] if self.plan.namespace else []
             for step in steps:
                 await step()
         except (LivemoveError, OSError, TimeoutError) as error:
