@@ -130,9 +130,10 @@ class DestinationHalf(HalfWithMemory):
         deadlines = self.plan.deadlines
         self.enter(Phase.COPYING)
         self.adapters.pace("background")
-        async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s):
+        before_divert_s = deadlines.accept_s + deadlines.close_s
+        async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
             await receive_rounds(self._link(), self.images, self._memory)
-        async with asyncio.timeout(deadlines.connect_s + deadlines.freeze_s):
+        async with asyncio.timeout(deadlines.connect_s + deadlines.accept_s + deadlines.freeze_s):
             await self._until_restored()
         self.enter(Phase.STAGED)
 

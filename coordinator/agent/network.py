@@ -62,6 +62,9 @@ class ServiceNetwork(Protocol):
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """The sockets on the addresses or on the wildcard that belong to the process tree below ``root_pid``."""
 
+    async def pending(self, root_pid: int) -> list[SocketRecord]:
+        """Those of them, and of the kernel's own on the addresses, in which something waits (``is_pending``)."""
+
     async def close(self) -> None:
         """Let go of netlink and packet sockets; what was changed on the host stays."""
 
@@ -159,6 +162,16 @@ class NetfixNetwork:
             records = await self._inventory.sockets()
         addresses = [record.address for record in self._records]
         return socket_facts(of_addresses(owned_by(records, self._inodes(root_pid)), addresses, wildcard=True))
+
+    async def pending(self, root_pid: int) -> list[SocketRecord]:
+        """See ``ServiceNetwork``. An address that moves is the workload's alone; only what is bound to all of them may
+        be somebody else's, and to find that out can take longer than the look itself."""
+        addresses = [record.address for record in self._records]
+        with _network_errors():
+            records = await self._inventory.pending(addresses)
+            own = of_addresses(records, addresses)
+            anywhere = [record for record in records if record not in own]
+            return own + (owned_by(anywhere, self._inodes(root_pid)) if anywhere else [])
 
     async def close(self) -> None:
         """See ``ServiceNetwork``."""

@@ -269,6 +269,10 @@ class _StepwiseInventory(FakeSocketInventory):
         here = ("ipv4", "tcp", "ESTABLISHED", self._address, 7000, "192.0.2.99", 50000, _INODE, 0, 0)
         return [] if self._life.machine.copy == "absent" else [SocketRecord(*here)]
 
+    async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
+        await self._life.verb("queues read", KernelRefusedError("no sock_diag"))
+        return list(self._life.machine.pending)
+
 
 def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
     """The doors of a half to a machine of the world; the network is the real ``NetfixNetwork`` over netfix's fakes."""

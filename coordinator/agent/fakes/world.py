@@ -20,6 +20,7 @@ from netfix.frames import FakeFramePort
 from netfix.gate import GateState
 from netfix.hold import FakeHold
 from netfix.hold_buffer import OTHER, HeldPacket
+from netfix.sockets import SocketRecord
 
 #: ``held``: restored, and has never run. Frozen and held copies have their sockets, an absent one has none.
 Copy = Literal["absent", "running", "frozen", "held"]
@@ -54,6 +55,7 @@ class Machine:
     commands: dict[int, asyncio.Task[int]] = field(default_factory=dict)
     helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # CRIU's daemon and the guard
     holds: list[FakeHold] = field(default_factory=list)  # that a living agent has open
+    pending: list[SocketRecord] = field(default_factory=list)  # sockets of the workload in which something waits
 
     def __post_init__(self) -> None:
         """An interface up, with no address of the service."""
