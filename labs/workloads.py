@@ -36,6 +36,7 @@ SERVICE_FILES = (
     "memory_server.py",
     "pattern.py",
     "pattern_server.py",
+    "puppet.py",
 )
 
 
