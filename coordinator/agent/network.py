@@ -188,8 +188,8 @@ class NetfixNetwork:
 
 
 def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:
-    """The sockets as facts for a message, in a stable order."""
-    facts = {
+    """The sockets as facts for a message, in a stable order; of those that share a port (SO_REUSEPORT) each one."""
+    facts = [
         SocketFacts(
             family=record.family,
             protocol=record.protocol,
@@ -200,7 +200,7 @@ def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:
             remote_port=record.remote_port,
         )
         for record in records
-    }
+    ]
     return tuple(sorted(facts, key=lambda s: (s.protocol, s.local, s.local_port, s.remote, s.remote_port)))
 
 
