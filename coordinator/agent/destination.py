@@ -215,7 +215,14 @@ class DestinationHalf(HalfWithMemory):
             self.let_go()  # the journal has COMMITTED: with or without us, the tasks run
             self._linger()
             return self.result("in_doubt", self._lost(as_livemove_error(error, "resuming the tasks")))
-        for step in (self._release_held, self._say_resumed, self._end_restore, self._adopt, self._record_resumed):
+        for step in (
+            self._release_held,
+            self._say_resumed,
+            self._end_restore,
+            self._adopt,
+            self._record_resumed,
+            self._mend,
+        ):
             try:
                 await step()
             except Exception as error:
@@ -262,6 +269,13 @@ class DestinationHalf(HalfWithMemory):
     async def _record_resumed(self) -> None:
         if self.journal.phase is Phase.COMMITTED:  # else this is a recovery that finds it resumed
             self.enter(Phase.RESUMED, durable=True)
+
+    async def _mend(self) -> None:
+        """Without it connections are slower, and nothing is wrong with them."""
+        try:
+            await self.adapters.mend(self._root_pid)
+        except OSError as error:
+            self.warn(f"{self.host}: restored connections go on sending small segments: {error}")
 
     def _report_hold(self, report: HoldReport) -> None:
         if report.mode == "none":

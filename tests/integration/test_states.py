@@ -319,9 +319,6 @@ OFFERED = ("tcp_timestamps", "tcp_sack")
 #: What CRIU changes, and docs/how-it-works.md says so.
 CHANGED = (
     f" {IPPROTO_TCP} {socket.TCP_USER_TIMEOUT}'",
-    f" {IPPROTO_TCP} {socket.TCP_MAXSEG}'",
-    "large_windows ipv4 segments",
-    "large_windows mapped segments",
     "'CLOSING'), and the twin LAST_ACK",
 )
 

@@ -299,6 +299,11 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         await life.checkpoint()
         return running.done()
 
+    async def mend(root_pid: int) -> None:
+        await life.verb("connections mended", PermissionError(f"not of process {root_pid}"))
+        if machine.copy != "running":
+            life.world.broken.append(f"connections of a copy that is {machine.copy} are mended")
+
     return Adapters(
         runtime=FakeRuntime(life),
         criu=FakeCheckpointer(life),
@@ -309,6 +314,7 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,
+        mend=mend,
     )
 
 
