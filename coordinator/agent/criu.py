@@ -30,15 +30,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.images import ImageHold
 from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
-
-#: The name of the lock that the shim of a restore waits for.
-_IMAGES = "images"
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
 _CONFIG = "network-lock skip\naction-script {script}\n"
@@ -77,20 +75,6 @@ esac
 """
 
 
-#: Stands before ``criu`` in the PATH of a restore that is started before there are images: a runtime needs some 30 ms
-#: to come to the point where it calls CRIU, and that point is where it waits.
-_SHIM = """#!/bin/sh
-# Written by livemove for one migration: holds a restore until its images are complete.
-case " $* " in
-*" restore "* | *" swrk "*)
-    {flock} -s {hold} true
-    [ -e {complete} ] || exit 1
-    ;;
-esac
-exec {criu} "$@"
-"""
-
-
 class Hook:
     """The action script of one CRIU run, its configuration file, and the locks it waits for."""
 
@@ -107,7 +91,6 @@ class Hook:
         if flock is None:
             raise DumpFailed("flock(1) of util-linux is not installed on this host", "Install util-linux.")
         self._tasks = folder / "tasks"
-        self._complete = folder / "images-complete"
         names = {"reached": reached, "hold": folder / "hold", "journal": journal, "proceed": self._proceed}
         quoted = {name: shlex.quote(str(path)) for name, path in names.items()}
         committed = _KILL.format(tasks=shlex.quote(str(self._tasks))) if lazy_dump else _GO_ON
@@ -123,24 +106,6 @@ class Hook:
         descriptor = os.open(self._folder / f"hold.{action}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return descriptor
-
-    def hold_restore(self) -> Path:
-        """Have CRIU wait for ``images_complete``: returns a folder to put first in the PATH of its caller."""
-        criu, flock = shutil.which("criu"), shutil.which("flock")
-        if criu is None or flock is None:
-            raise RestoreFailed("criu or flock is not installed on this host", "Install criu and util-linux.")
-        shim = self._folder / "bin" / "criu"
-        shim.parent.mkdir(mode=0o700)
-        self._locks[_IMAGES] = self._lock(_IMAGES)
-        paths = {"hold": self._folder / f"hold.{_IMAGES}", "complete": self._complete, "criu": criu, "flock": flock}
-        shim.write_text(_SHIM.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}))
-        shim.chmod(0o700)
-        return shim.parent
-
-    def images_complete(self) -> None:
-        """Let a restore that waits in the shim go on."""
-        self._complete.touch()
-        self.release(_IMAGES)
 
     async def reached(self, action: str) -> int:
         """Return when CRIU stands at ``action``, with the pid of the root task."""
@@ -231,8 +196,12 @@ class Checkpointer(Protocol):
     async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
         """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs."""
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
-        """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs."""
+    async def restore(
+        self, command: Command, journal: Path, started: Callable[[int], None], hold: ImageHold
+    ) -> Restore:
+        """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs.
+
+        ``hold`` is let go with the restore."""
 
 
 class CriuRun:
@@ -262,7 +231,7 @@ class CriuRun:
         self._hook.close()
 
     async def _ended(self) -> int:
-        self._hook.close()
+        self.let_go()
         return await asyncio.shield(self._exit)
 
     def _failure(self) -> LivemoveError:
@@ -312,9 +281,19 @@ class CriuDump(CriuRun):
 class CriuRestore(CriuRun):
     """A real restore (see ``Restore``)."""
 
+    def __init__(self, running: Running, hook: Hook, work: Path, journal: Path, hold: ImageHold) -> None:
+        super().__init__(running, hook, work, RestoreFailed)
+        self._journal = journal
+        self._hold = hold
+
+    def let_go(self) -> None:
+        """See ``Restore``."""
+        self._hold.release()
+        super().let_go()
+
     def begin(self) -> None:
         """See ``Restore``."""
-        self._hook.images_complete()
+        self._hold.complete()
 
     async def staged(self) -> int:
         """See ``Restore``."""
@@ -339,10 +318,6 @@ class CriuRestore(CriuRun):
         if status != 0 and '"phase":"COMMITTED"' in self._journal.read_text():
             raise self._failure()
 
-    def __init__(self, running: Running, hook: Hook, work: Path, journal: Path) -> None:
-        super().__init__(running, hook, work, RestoreFailed)
-        self._journal = journal
-
 
 class HeldCriu:
     """The real ``Checkpointer``: hook and logs live in ``work``, inside the migration's image space."""
@@ -356,13 +331,16 @@ class HeldCriu:
         running = await self._start(command, hook, started)
         return CriuDump(running, hook, self._work, DumpFailed)
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(
+        self, command: Command, journal: Path, started: Callable[[int], None], hold: ImageHold
+    ) -> Restore:
         """See ``Checkpointer``."""
-        hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
-        path = f"{hook.hold_restore()}:{os.environ['PATH']}"
-        waiting = Command(command.argv, {**command.environment, "PATH": path})
-        running = await self._start(waiting, hook, started)
-        return CriuRestore(running, hook, self._work, journal)
+        with contextlib.ExitStack() as failing:
+            failing.callback(hold.release)
+            hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
+            running = await self._start(command, hook, started)
+            failing.pop_all()
+        return CriuRestore(running, hook, self._work, journal, hold)
 
     async def _start(self, command: Command, hook: Hook, started: Callable[[int], None]) -> Running:
         held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})

@@ -168,10 +168,11 @@ class DestinationHalf(HalfWithMemory):
         await self.network.track_connections(from_bytes(entries))
 
     async def _load_restore(self) -> Restore:
-        """Start the restore up to where it needs images, so that the runtime's start is not part of the freeze."""
+        """Start the restore up to where it needs images, so that its start is not part of the freeze."""
         command = self.runtime.restore_command(self.images.images, self.images.work, lazy=self._memory is not None)
         self.deeds.record("restore", durable=False)
-        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"))
+        hold = self.images.hold()
+        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"), hold)
         return self._restore
 
     async def _receive_go(self) -> Go:

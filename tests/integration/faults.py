@@ -89,6 +89,14 @@ signal.pause()
 """
 
 
+#: Conditions in a shell that stands for CRIU. On the destination the first image is a link while images are missing.
+_OF_A_MOVE = '[ "${CRIU_CONFIG_FILE#/run/livemove/}" != "$CRIU_CONFIG_FILE" ]'
+_IMAGES_COMPLETE = (
+    "first=${CRIU_CONFIG_FILE%/work/*}/images/inventory.img; "
+    'while [ -L "$first" ] && [ -e "$first" ]; do sleep 0.01; done'
+)
+
+
 class Hold:
     """A program on a host that stands still before it does anything."""
 
@@ -129,7 +137,7 @@ def held(host: Host, program: str, condition: str) -> Iterator[Hold]:
 def held_criu(host: Host) -> AbstractContextManager[Hold]:
     """Hold CRIU. On the destination that is in the middle of the freeze: the source has dumped and sent everything. On
     the source it is the last moment before the freeze. A self-test goes on: it has no configuration file of ours."""
-    return held(host, "criu", '[ "${CRIU_CONFIG_FILE#/run/livemove/}" != "$CRIU_CONFIG_FILE" ]')
+    return held(host, "criu", f"{_OF_A_MOVE} && {{ {_IMAGES_COMPLETE}; }}")
 
 
 def held_runc(host: Host, verb: str) -> AbstractContextManager[Hold]:

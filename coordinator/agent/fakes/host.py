@@ -13,6 +13,7 @@ from coordinator.agent.channel import Channel
 from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.criu import FakeCheckpointer
+from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.memory import OUTER_PID, FakeFilling, FakeTrackers, fake_read
 from coordinator.agent.fakes.world import Life, Machine
 from coordinator.agent.half import Adapters
@@ -21,7 +22,7 @@ from coordinator.agent.network import NetfixNetwork
 from coordinator.agent.process import Command
 from coordinator.agent.runtimes.base import Tasks
 from coordinator.agent.source import SourceHalf
-from coordinator.errors import CommandFailed, NotEnoughSpace, ProtocolError, RestoreFailed
+from coordinator.errors import CommandFailed, RestoreFailed
 from coordinator.events import EventSink
 from coordinator.journal import Journal
 from coordinator.protocol import Credentials, MemoryPolicy, MigrationPlan
@@ -89,49 +90,6 @@ class FakeRuntime:
             self._life.world.broken.append(f"the runtime of {self._machine.name} {verb} tasks that are there")
         self._machine.registered = False
         await self._life.done(f"runtime {verb}")
-
-
-class FakeImageSpace:
-    """An ``ImageSpace`` in the machine's memory."""
-
-    images = Path("/fake/images")
-    work = Path("/fake/work")
-
-    def __init__(self, life: Life) -> None:
-        self._life = life
-        self._machine = life.machine
-
-    async def create(self, size_bytes: int) -> None:
-        """See ``ImageSpace``."""
-        await self._life.verb("images create", NotEnoughSpace("no memory"))
-        self._machine.files = {}
-        await self._life.done(f"image space of {size_bytes} bytes")
-
-    async def remove(self) -> None:
-        """See ``ImageSpace``."""
-        await self._life.verb("images remove", CommandFailed("umount: busy"))
-        self._machine.files = None
-        await self._life.done("no image space")
-
-    def sizes(self) -> dict[str, int]:
-        """See ``ImageSpace``."""
-        return {name: len(content) for name, content in self._files().items()}
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """See ``ImageSpace``."""
-        return self._files()[name][offset : offset + size]
-
-    def write(self, name: str, offset: int, data: bytes) -> None:
-        """See ``ImageSpace``."""
-        if "/" in name or name in (".", ".."):
-            raise ProtocolError(f"an image named {name!r} was sent")
-        before = self._files().get(name, b"")
-        self._files()[name] = before[:offset].ljust(offset, b"\0") + data + before[offset + len(data) :]
-
-    def _files(self) -> dict[str, bytes]:
-        if self._machine.files is None:
-            raise FileNotFoundError("there is no image space")
-        return self._machine.files
 
 
 class _StepwiseGate:
