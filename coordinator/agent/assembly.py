@@ -18,6 +18,7 @@ from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import LazyMemory
 from coordinator.agent.memory.tree import TreeTracker
+from coordinator.agent.movers import real_mover
 from coordinator.agent.network import NetfixNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
 from coordinator.agent.runtimes.base import Runtime
@@ -28,11 +29,11 @@ from coordinator.errors import TrackingFailed
 from coordinator.events import EventSink
 from coordinator.facts import WorkloadSpec
 from coordinator.journal import DEFAULT_STATE_DIR, Journal
-from coordinator.protocol import Credentials, Endpoint, MigrationPlan
+from coordinator.protocol import Credentials, MigrationPlan
 from netfix.address import NetlinkAddressBook
-from netfix.frames import PacketFramePort
 from netfix.gate import NftGate
 from netfix.hold import NfqueueHold
+from netfix.movers.base import Role
 from netfix.sockets import DiagSocketInventory
 
 CRIU_END_DEADLINE_S = 30.0
@@ -53,15 +54,16 @@ def runtime_of(workload: WorkloadSpec, expected_pids: tuple[int, ...] = ()) -> R
     return OciRuntime(workload, workload.runtime)
 
 
-def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapters:
+def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
     """The doors of a half to this host."""
+    here = plan.source if role == "source" else plan.destination
     images = TmpfsImageSpace(plan.id, places.run)
     network = NetfixNetwork(
         here.interface,
         plan.addresses,
         gate=NftGate(plan.id, [move.address for move in plan.addresses]),
         book=NetlinkAddressBook(),
-        port=PacketFramePort(here.interface),
+        mover=real_mover(plan, role),
         inventory=DiagSocketInventory(),
         hold=NfqueueHold(),
         inodes=tree_socket_inodes,
@@ -88,13 +90,13 @@ def _track(root_pid: int) -> TreeTracker:
 
 def source_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> SourceHalf:
     """A source half on this host."""
-    adapters = real_adapters(plan, plan.source, places)
+    adapters = real_adapters(plan, "source", places)
     return SourceHalf(plan.source.name, plan, journal, adapters, sink=sink, clock=time.monotonic)
 
 
 def destination_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> DestinationHalf:
     """A destination half on this host."""
-    adapters = real_adapters(plan, plan.destination, places)
+    adapters = real_adapters(plan, "destination", places)
     return DestinationHalf(plan.destination.name, plan, journal, adapters, sink=sink, clock=time.monotonic)
 
 

@@ -21,9 +21,19 @@ from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
-from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, LeftoverFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    CriuFacts,
+    FirewallDrop,
+    HostFacts,
+    InterfaceFacts,
+    LeftoverFacts,
+    ServicePort,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from netfix.address import NetlinkAddressBook
 from netfix.errors import NetfixError, NoSuchInterfaceError
+from netfix.firewall import Service, drops, read_ruleset
 from netfix.gate import find_gates
 from netfix.inventory import findings, other_sockets
 from netfix.leftovers import NftLeftoverFinder
@@ -136,6 +146,18 @@ async def _firewall(unfinished: tuple[str, ...]) -> tuple[bool, tuple[LeftoverFa
     )
 
 
+def firewall_drops(interface: str, services: tuple[ServicePort, ...]) -> tuple[FirewallDrop, ...]:
+    """See ``protocol.AskFirewall``. Without nf_tables, which is a finding of its own, nothing is known."""
+    try:
+        ruleset, index = read_ruleset(), socket.if_nametoindex(interface)
+    except (NetfixError, OSError):
+        return ()
+    chains = {
+        each: drops(ruleset, Service(each.protocol, each.address, each.port), interface, index) for each in services
+    }
+    return tuple(FirewallDrop(service=service, chain=chain) for service, chain in chains.items() if chain)
+
+
 async def _interface(name: str) -> InterfaceFacts | None:
     book = NetlinkAddressBook()
     try:
@@ -201,14 +223,11 @@ async def describe_workload(
     )
 
 
-async def _addresses(workload: WorkloadSpec) -> dict[str, str]:
+async def _addresses(workload: WorkloadSpec) -> dict[str, tuple[str, ...]]:
     book = NetlinkAddressBook()
     try:
-        found = {}
-        for address in workload.addresses:
-            for record in await book.find(address.partition("/")[0]):
-                found[address] = record.interface
-        return found
+        places = {address: await book.find(address.partition("/")[0]) for address in workload.addresses}
+        return {address: tuple(record.interface for record in found) for address, found in places.items() if found}
     finally:
         book.close()
 

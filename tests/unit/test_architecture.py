@@ -39,11 +39,24 @@ PURE_STANDARD = frozenset(
 )
 PURE_OURS = frozenset(
     f"coordinator.{name}"
-    for name in ("config", "errors", "facts", "findings", "plan", "preflight", "protocol", "journal")
+    for name in (
+        "config",
+        "errors",
+        "facts",
+        "findings",
+        "move_facts",
+        "plan",
+        "preflight",
+        "preflight_addresses",
+        "protocol",
+        "journal",
+    )
 )
 PURE = (
     "coordinator/plan.py",
     "coordinator/preflight.py",
+    "coordinator/preflight_addresses.py",
+    "coordinator/move_facts.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

@@ -252,7 +252,7 @@ def test_an_interrupt_is_130(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["sockets"], ["who"], ["announce"], ["gate"], ["leftovers"], ["hold"], ["sweep"]]
+    "command", [[], ["sockets"], ["who"], ["announce"], ["gate"], ["leftovers"], ["hold"], ["sweep"], ["move"]]
 )
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert _run(*command, "--help") == 0
