@@ -43,6 +43,10 @@ class Home:
     def __init__(self) -> None:
         self._home = Path(_OURS).open("rb")  # noqa: SIM115 - `close` closes it
 
+    def fileno(self) -> int:
+        """The file that stands for it (ioctl_ns(2))."""
+        return self._home.fileno()
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """As `entered`; a thread that is there already needs no capability for it."""
