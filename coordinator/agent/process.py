@@ -8,8 +8,10 @@ pasted, its exit status, and the first line that explains.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +95,8 @@ async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) 
 async def run(
     argv: Sequence[str], *, deadline_s: float = 30.0, environment: Mapping[str, str] | None = None
 ) -> Completed:
-    """Run a short command to its end; kill it and raise ``DeadlineExceeded`` if it takes longer than ``deadline_s``."""
+    """Run a short command to its end; after ``deadline_s`` kill it, with what it started, and raise
+    ``DeadlineExceeded``."""
     command = Command(tuple(argv), environment or {})
     try:
         process = await asyncio.create_subprocess_exec(
@@ -113,7 +116,8 @@ async def run(
         raise DeadlineExceeded(f"{command}: not finished after {deadline_s:g} s") from error
     finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started: the session is its own
             await process.wait()
     assert process.returncode is not None
     return Completed(command, process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
