@@ -70,11 +70,15 @@ class Running:
         return await self._process.wait()
 
 
-async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) -> Running:
-    """Start a command whose output goes to the file ``output``; it inherits the descriptors ``inherit``."""
+async def start(command: Command, output: Path, *, inherit: Sequence[int] = (), under: Sequence[str] = ()) -> Running:
+    """Start a command whose output goes to the file ``output``; it inherits the descriptors ``inherit``.
+
+    ``under``: a program with its arguments that becomes the command, which follows as its last arguments (as env(1)
+    does). Of it nothing stays but what a process inherits; in messages the command stands alone."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
+            *under,
             *command.argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=descriptor,
