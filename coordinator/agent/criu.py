@@ -26,10 +26,12 @@ import fcntl
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.memory.scan_filter import ScanFilter
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
@@ -38,6 +40,9 @@ PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-
 
 #: The name of the lock that the shim of a restore waits for.
 _IMAGES = "images"
+
+#: Starts a command with its output in a file, as ``process.start`` does.
+Begin = Callable[[Command, Path], Coroutine[Any, Any, Running]]
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
 _CONFIG = "network-lock skip\naction-script {script}\n"
@@ -227,8 +232,18 @@ class Restore(Protocol):
 class Checkpointer(Protocol):
     """Starts CRIU, through a runtime's command, held at our hooks. ``started`` is told the pid of the command."""
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
-        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs."""
+    async def dump(
+        self,
+        command: Command,
+        journal: Path,
+        started: Callable[[int], None],
+        *,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
+    ) -> Dump:
+        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs.
+
+        ``hidden`` decides which pages CRIU is not to see, or says afterwards why it sees them all."""
 
     async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
         """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs."""
@@ -340,10 +355,19 @@ class HeldCriu:
     def __init__(self, work: Path) -> None:
         self._work = work
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self,
+        command: Command,
+        journal: Path,
+        started: Callable[[int], None],
+        *,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
+    ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy_dump=lazy)
-        running = await self._start(command, hook, started)
+        begin = start if hidden is None else ScanFilter(hidden).start
+        running = await self._start(command, hook, started, begin)
         return CriuDump(running, hook, self._work, DumpFailed)
 
     async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
@@ -354,9 +378,11 @@ class HeldCriu:
         running = await self._start(waiting, hook, started)
         return CriuRestore(running, hook, self._work, journal)
 
-    async def _start(self, command: Command, hook: Hook, started: Callable[[int], None]) -> Running:
+    async def _start(
+        self, command: Command, hook: Hook, started: Callable[[int], None], begin: Begin = start
+    ) -> Running:
         held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})
-        starting = asyncio.ensure_future(start(held, self._work / "output"))
+        starting = asyncio.ensure_future(begin(held, self._work / "output"))
         try:
             running = await asyncio.shield(starting)
         except asyncio.CancelledError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from coordinator.agent.memory.runs import Spans, count_pages, difference, inters
 from coordinator.agent.memory.scan_filter import ScanFilter
 from coordinator.agent.process import Command, start
 from tests.contract import scanner
-from tests.contract.memory_target import Target
+from tests.contract.memory_target import Target, until
 
 ROOT = Path(__file__).parents[2]
 #: Three areas in a row, every other page of them written to; those named are of a file, and so in CRIU's images.
@@ -61,8 +60,7 @@ async def under_filter(hidden: HiddenPages, tmp_path: Path, *scans: Scan, repeat
 
 
 async def run(scans: ScanFilter, command: Command, output: Path) -> str:
-    running = await start(command, output, inherit=scans.inherit, under=scans.under)
-    scans.serve()
+    running = await scans.start(command, output)
     assert await running.wait() == 0, output.read_text()
     assert scans.wait(10), "the thread goes on without anybody who could ask"
     return output.read_text()
@@ -127,42 +125,56 @@ async def test_many_answers_under_signals(target: Target, tmp_path: Path) -> Non
 
 
 async def test_nobody_answers_and_the_scan_fails(target: Target, tmp_path: Path) -> None:
-    """As when the agent dies: its end of the socket, and with it the listener, is gone."""
+    """As when the agent dies: the listener is gone with it."""
     begin, end = row(target)
-    scans = ScanFilter(HiddenPages(target.pid))
-    command = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 64")
-    output = tmp_path / "found"
-    running = await start(command, output, inherit=scans.inherit, under=scans.under)
-    scans._theirs.close()
-    with scans._ours as ours:
-        _, listeners, _, _ = socket.recv_fds(ours, 100, 1)
-    os.close(listeners[0])
-    assert await running.wait() == 0
-    assert json.loads(output.read_text()) == [errno.ENOSYS]
+    found = tmp_path / "found"
+    dying = """
+import asyncio, os, sys
+from pathlib import Path
+from coordinator.agent.memory import scan_filter
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.process import Command
+scan_filter._answer_all = lambda *_: os._exit(0)
+async def main():
+    await scan_filter.ScanFilter(HiddenPages(1)).start(Command(tuple(sys.argv[2:]), {}), Path(sys.argv[1]))
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    scan = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 64")
+    agent = await start(python("-c", dying, str(found), *scan.argv), tmp_path / "agent")
+    assert await agent.wait() == 0, (tmp_path / "agent").read_text()
+    until(lambda: found.read_text().endswith("\n"))
+    assert json.loads(found.read_text()) == [errno.ENOSYS]
 
 
 async def test_a_kernel_that_refuses_is_told_and_the_command_runs(target: Target, tmp_path: Path) -> None:
     """A process can have one listener (EBUSY)."""
     begin, end = row(target)
-    outer, hidden = ScanFilter(HiddenPages(target.fork())), HiddenPages(target.pid)
-    inner = ScanFilter(hidden)
-    command = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 4096")
-    output = tmp_path / "found"
-    running = await start(command, output, inherit=(*outer.inherit, *inner.inherit), under=(*outer.under, *inner.under))
-    outer.serve()
-    inner.serve()
-    assert await running.wait() == 0
-    assert outer.wait(10)
-    assert inner.wait(10)
-    assert hidden.refusal == os.strerror(errno.EBUSY)
-    assert spans(json.loads(output.read_text())[0]) == spans(scanner.scan(target.pid, begin, end, 4096))
+    found = tmp_path / "found"
+    nested = """
+import asyncio, sys
+from pathlib import Path
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.memory.scan_filter import ScanFilter
+from coordinator.agent.process import Command
+async def main():
+    hidden = HiddenPages(int(sys.argv[1]))
+    scans = ScanFilter(hidden)
+    status = await (await scans.start(Command(tuple(sys.argv[3:]), {}), Path(sys.argv[2]))).wait()
+    print(status, scans.wait(10), hidden.refusal)
+asyncio.run(main())
+"""
+    scan = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 4096")
+    inner = python("-c", nested, str(target.pid), str(found), *scan.argv)
+    outer = ScanFilter(HiddenPages(target.fork()))
+    assert await run(outer, inner, tmp_path / "said") == f"0 True {os.strerror(errno.EBUSY)}\n"
+    assert spans(json.loads(found.read_text())[0]) == spans(scanner.scan(target.pid, begin, end, 4096))
 
 
 async def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     scans = ScanFilter(HiddenPages(os.getpid()))
     output = tmp_path / "output"
-    running = await start(Command(("/nonexistent/criu",), {}), output, inherit=scans.inherit, under=scans.under)
-    scans.serve()
+    running = await scans.start(Command(("/nonexistent/criu",), {}), output)
     assert await running.wait() == 127
     assert scans.wait(10)
     assert "/nonexistent/criu: No such file or directory" in output.read_text()

@@ -16,6 +16,7 @@ from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Rest
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
 from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
@@ -217,7 +218,15 @@ class FakeCheckpointer:
     def __init__(self, life: Life) -> None:
         self._life = life
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self,
+        command: Command,
+        journal: Path,
+        started: Callable[[int], None],
+        *,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
+    ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
         handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))

@@ -9,6 +9,7 @@ tasks are thawed, which is right, for without us nobody sends the pages that it 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import select
@@ -25,6 +26,7 @@ from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
 from coordinator.agent.memory.scan_answer import ScanAnswerer
 from coordinator.agent.memory.userfault import ioctl_number
+from coordinator.agent.process import Command, Running, start
 
 #: By machine: AUDIT_ARCH_… (include/uapi/linux/audit.h) and the number of ioctl(2).
 _MACHINES = {"x86_64": (0xC000003E, 16), "aarch64": (0xC00000B7, 29)}
@@ -67,41 +69,43 @@ def filter_program(machine: str) -> bytes:
 
 
 class ScanFilter:
-    """The filter of one command, and the thread that answers.
-
-    Start the command with ``under`` and ``inherit`` (see ``process.start``), then call ``serve``, also if it could not
-    be started. The thread ends by itself with the last process under the filter."""
+    """The filter of one command, and the thread that answers: it ends by itself with the last process under it."""
 
     def __init__(self, hidden: HiddenPages) -> None:
         self._hidden = hidden
-        self._ours, self._theirs = socket.socketpair()
-        program = filter_program(os.uname().machine).hex()
-        launcher = str(Path(under_filter.__file__).resolve())
-        self.under = (sys.executable, "-I", "-S", launcher, str(self._theirs.fileno()), program)
-        self.inherit = (self._theirs.fileno(),)
-        self._thread = threading.Thread(target=self._serve, name="scan-filter", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def serve(self) -> None:
-        """Begin to answer."""
-        self._theirs.close()
-        self._thread.start()
+    async def start(self, command: Command, output: Path) -> Running:
+        """Start the command as ``process.start`` does, and answer its scans; to be called once.
+
+        Where the kernel takes no filter, the command runs without one, and ``HiddenPages.refusal`` says why."""
+        ours, theirs = socket.socketpair()
+        launcher = str(Path(under_filter.__file__).resolve())
+        program = filter_program(os.uname().machine).hex()
+        under = (sys.executable, "-I", "-S", launcher, str(theirs.fileno()), program)
+        with ours:
+            with theirs:
+                running = await start(command, output, inherit=(theirs.fileno(),), under=under)
+            message, listeners, _, _ = await asyncio.to_thread(socket.recv_fds, ours, 1024, 1)
+        if listeners:
+            self._thread = threading.Thread(target=self._serve, args=listeners, name="scan-filter", daemon=True)
+            self._thread.start()
+        else:
+            self._hidden.refusal = message.decode() or "the command did not start"
+        return running
 
     def wait(self, deadline_s: float) -> bool:
         """Wait until no process is left under the filter; ``False`` on the deadline."""
-        self._thread.join(deadline_s)
-        return not self._thread.is_alive()
+        if self._thread is not None:
+            self._thread.join(deadline_s)
+        return self._thread is None or not self._thread.is_alive()
 
-    def _serve(self) -> None:
-        with self._ours:
-            message, descriptors, _, _ = socket.recv_fds(self._ours, 1024, 1)
-        if not descriptors:
-            self._hidden.refusal = message.decode() or "the command did not start"
-            return
+    def _serve(self, listener: int) -> None:
         answerer = ScanAnswerer(self._hidden)
         try:
-            _answer_all(descriptors[0], answerer)
+            _answer_all(listener, answerer)
         finally:  # whatever ends this, nobody may wait for an answer any more
-            os.close(descriptors[0])
+            os.close(listener)
             answerer.close()
 
 

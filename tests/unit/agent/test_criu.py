@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.agent.criu import HeldCriu, Restore
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command, wait_gone
 from coordinator.errors import CommandFailed, DumpFailed, RestoreFailed
 from coordinator.journal import Journal, Phase
@@ -60,9 +61,13 @@ def commit(journal: Journal) -> None:
 
 
 @pytest.mark.parametrize("committed", [True, False])
-async def test_a_dump_stops_before_the_freeze_and_after_it(criu: HeldCriu, journal: Journal, committed: bool) -> None:
+@pytest.mark.parametrize("hidden", [None, HiddenPages(1)])
+async def test_a_dump_stops_before_the_freeze_and_after_it(
+    criu: HeldCriu, journal: Journal, committed: bool, hidden: HiddenPages | None
+) -> None:
     pids: list[int] = []
-    dump = await criu.dump(script(DUMP), journal.path, pids.append, lazy=False)
+    dump = await criu.dump(script(DUMP), journal.path, pids.append, lazy=False, hidden=hidden)
+    assert hidden is None or not hidden.refusal
     assert len(pids) == 1
     await dump.ready()
     dump.freeze()
