@@ -68,7 +68,7 @@ def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapte
     )
     return Adapters(
         runtime=runtime_of(plan.workload, plan.expected_pids),
-        criu=HeldCriu(images.work),
+        criu=HeldCriu(images.work, images.images),
         images=images,
         network=network,
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),

@@ -26,9 +26,9 @@ import fcntl
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.scan_filter import ScanFilter
@@ -38,11 +38,11 @@ from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
 
+#: Is told the pid of a command.
+Started = Callable[[int], None]
+
 #: The name of the lock that the shim of a restore waits for.
 _IMAGES = "images"
-
-#: Starts a command with its output in a file, as ``process.start`` does.
-Begin = Callable[[Command, Path], Coroutine[Any, Any, Running]]
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
 _CONFIG = "network-lock skip\naction-script {script}\n"
@@ -230,22 +230,16 @@ class Restore(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Starts CRIU, through a runtime's command, held at our hooks. ``started`` is told the pid of the command."""
+    """Starts CRIU, through a runtime's command, held at our hooks."""
 
     async def dump(
-        self,
-        command: Command,
-        journal: Path,
-        started: Callable[[int], None],
-        *,
-        lazy: bool,
-        hidden: HiddenPages | None = None,
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
     ) -> Dump:
         """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs.
 
-        ``hidden`` decides which pages CRIU is not to see, or says afterwards why it sees them all."""
+        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started) -> Restore:
         """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs."""
 
 
@@ -296,12 +290,17 @@ class CriuRun:
 class CriuDump(CriuRun):
     """A real dump (see ``Dump``)."""
 
+    def __init__(self, running: Running, hook: Hook, work: Path, scans: ScanFilter) -> None:
+        super().__init__(running, hook, work, DumpFailed)
+        self._scans = scans
+
     async def ready(self) -> None:
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
 
     def freeze(self) -> None:
         """See ``Dump``."""
+        self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
@@ -309,9 +308,15 @@ class CriuDump(CriuRun):
         """See ``Dump``."""
         self._hook.doom(process_tree(await self._stands_at(POST_DUMP)))
 
+    def let_go(self) -> None:
+        """See ``Dump``. Of a dump that is not complete yet the scans fail, and with them the dump."""
+        super().let_go()
+        self._scans.close()
+
     async def end(self) -> None:
         """See ``Dump``."""
         await self._ended()
+        self._scans.close()
 
 
 class CriuRestore(CriuRun):
@@ -352,25 +357,19 @@ class CriuRestore(CriuRun):
 class HeldCriu:
     """The real ``Checkpointer``: hook and logs live in ``work``, inside the migration's image space."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, images: Path) -> None:
         self._work = work
+        self._images = images
 
     async def dump(
-        self,
-        command: Command,
-        journal: Path,
-        started: Callable[[int], None],
-        *,
-        lazy: bool,
-        hidden: HiddenPages | None = None,
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
     ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy_dump=lazy)
-        begin = start if hidden is None else ScanFilter(hidden).start
-        running = await self._start(command, hook, started, begin)
-        return CriuDump(running, hook, self._work, DumpFailed)
+        running = await self._start(command, hook, started)
+        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started) -> Restore:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
         path = f"{hook.hold_restore()}:{os.environ['PATH']}"
@@ -378,11 +377,9 @@ class HeldCriu:
         running = await self._start(waiting, hook, started)
         return CriuRestore(running, hook, self._work, journal)
 
-    async def _start(
-        self, command: Command, hook: Hook, started: Callable[[int], None], begin: Begin = start
-    ) -> Running:
+    async def _start(self, command: Command, hook: Hook, started: Started) -> Running:
         held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})
-        starting = asyncio.ensure_future(begin(held, self._work / "output"))
+        starting = asyncio.ensure_future(start(held, self._work / "output"))
         try:
             running = await asyncio.shield(starting)
         except asyncio.CancelledError:

@@ -1,7 +1,9 @@
 """Scans page maps as CRIU does, for tests: a program that is put under a filter.
 
-Run as ``python3 scanner.py REPEATS PID START END VEC_LEN ANY_OF…``: prints a JSON list with, for each scan, its regions
-from start to end, however many calls it takes, or the errno."""
+Run as ``python3 scanner.py IMAGE REPEATS SCAN…``, with a FIFO ``go`` beside the image, and each scan as words: pid,
+start, end, length of the vector, and categories of which a page is to have one. When the FIFO has been opened it
+opens the image, scans, and prints a JSON list with, for each scan, its regions from start to end, however many calls it
+takes, or the errno."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 from coordinator.agent.memory.pagemap import (
     FILE,
@@ -58,8 +61,10 @@ def scan(pid: int, start: int, end: int, vec_len: int, any_of: int = CONTENT) ->
     return found
 
 
-def main(repeats: int, *scans: str) -> None:
+def main(image: Path, repeats: int, *scans: str) -> None:
     """See the module."""
+    image.with_name("go").read_bytes()
+    image.write_bytes(b"")
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, False)  # or a call that nobody has begun to answer ends with EINTR
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0003)  # answers arrive whatever signals come
@@ -70,4 +75,4 @@ def main(repeats: int, *scans: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,12 @@ from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pagemap import PRESENT, WRITTEN
+from coordinator.agent.memory.ptrace import status_field
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, normalise
-from coordinator.agent.memory.scan_filter import ScanFilter
+from coordinator.agent.memory.scan_filter import ScanFilter, put_under_filter
 from coordinator.agent.process import Command, start
 from tests.contract import scanner
-from tests.contract.memory_target import Target, until
+from tests.contract.memory_target import Target, names, until
 
 ROOT = Path(__file__).parents[2]
 #: Three areas in a row, every other page of them written to; those named are of a file, and so in CRIU's images.
@@ -47,23 +50,30 @@ def row(target: Target, *of_file: int) -> tuple[int, int]:
     return begin, begin + 3 * 64 * PAGE_BYTES
 
 
-def python(*argv: str) -> Command:
+def scanning(folder: Path, hidden: HiddenPages, *scans: Scan, repeats: int = 1) -> Command:
+    """A scanner that waits in its folder until it is let go."""
+    os.mkfifo(folder / "go")
+    words = (" ".join(map(str, each)) for each in scans)
+    argv = (scanner.__file__, str(folder / hidden.root_image), str(repeats), *words)
     return Command((sys.executable, *argv), {"PYTHONPATH": str(ROOT)})
 
 
-async def under_filter(hidden: HiddenPages, tmp_path: Path, *scans: Scan, repeats: int = 1) -> list[Any]:
+async def let_go(folder: Path) -> None:
+    await asyncio.to_thread((folder / "go").write_bytes, b"")
+
+
+async def under_filter(hidden: HiddenPages, folder: Path, *scans: Scan, repeats: int = 1) -> list[Any]:
     """What a scanner under the filter finds."""
-    command = python(scanner.__file__, str(repeats), *(" ".join(map(str, each)) for each in scans))
-    found = json.loads(await run(ScanFilter(hidden), command, tmp_path / "found"))
+    running = await start(scanning(folder, hidden, *scans, repeats=repeats), folder / "found")
+    answering = ScanFilter(hidden, folder)
+    answering.arm(running.pid)
+    await let_go(folder)
+    assert await running.wait() == 0, (folder / "found").read_text()
+    assert answering.wait(10), "the thread goes on without anybody who could ask"
+    answering.close()
+    found = json.loads((folder / "found").read_text())
     assert isinstance(found, list)
     return found
-
-
-async def run(scans: ScanFilter, command: Command, output: Path) -> str:
-    running = await scans.start(command, output)
-    assert await running.wait() == 0, output.read_text()
-    assert scans.wait(10), "the thread goes on without anybody who could ask"
-    return output.read_text()
 
 
 def spans(regions: Any) -> Spans:
@@ -127,63 +137,86 @@ async def test_many_answers_under_signals(target: Target, tmp_path: Path) -> Non
 async def test_nobody_answers_and_the_scan_fails(target: Target, tmp_path: Path) -> None:
     """As when the agent dies: the listener is gone with it."""
     begin, end = row(target)
-    found = tmp_path / "found"
-    dying = """
-import asyncio, os, sys
+    hidden = HiddenPages(target.pid)
+    running = await start(scanning(tmp_path, hidden, (target.pid, begin, end, 64)), tmp_path / "found")
+    agent = start_agent_that_dies(target.pid, tmp_path, running.pid)
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "armed\n"
+    await let_go(tmp_path)
+    assert agent.wait(10) == 7
+    agent.stdout.close()
+    assert await running.wait() == 0
+    assert json.loads((tmp_path / "found").read_text()) == [errno.ENOSYS]
+
+
+def start_agent_that_dies(root: int, folder: Path, command: int) -> subprocess.Popen[str]:
+    """It has put the scanner under the filter, and then it is gone."""
+    program = f"""
+import os, time
 from pathlib import Path
 from coordinator.agent.memory import scan_filter
 from coordinator.agent.memory.hidden_pages import HiddenPages
-from coordinator.agent.process import Command
-scan_filter._answer_all = lambda *_: os._exit(0)
-async def main():
-    await scan_filter.ScanFilter(HiddenPages(1)).start(Command(tuple(sys.argv[2:]), {}), Path(sys.argv[1]))
-    await asyncio.sleep(60)
-asyncio.run(main())
+scan_filter._answer_all = lambda *_: os._exit(7)
+scan_filter.ScanFilter(HiddenPages({root}), Path({str(folder)!r})).arm({command})
+print("armed", flush=True)
+time.sleep(60)
 """
-    scan = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 64")
-    agent = await start(python("-c", dying, str(found), *scan.argv), tmp_path / "agent")
-    assert await agent.wait() == 0, (tmp_path / "agent").read_text()
-    until(lambda: found.read_text().endswith("\n"))
-    assert json.loads(found.read_text()) == [errno.ENOSYS]
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
 
 
-async def test_a_kernel_that_refuses_is_told_and_the_command_runs(target: Target, tmp_path: Path) -> None:
+async def test_a_kernel_that_refuses_is_told_and_everything_is_seen(target: Target, tmp_path: Path) -> None:
     """A process can have one listener (EBUSY)."""
     begin, end = row(target)
-    found = tmp_path / "found"
-    nested = """
-import asyncio, sys
-from pathlib import Path
-from coordinator.agent.memory.hidden_pages import HiddenPages
-from coordinator.agent.memory.scan_filter import ScanFilter
-from coordinator.agent.process import Command
-async def main():
-    hidden = HiddenPages(int(sys.argv[1]))
-    scans = ScanFilter(hidden)
-    status = await (await scans.start(Command(tuple(sys.argv[3:]), {}), Path(sys.argv[2]))).wait()
-    print(status, scans.wait(10), hidden.refusal)
-asyncio.run(main())
-"""
-    scan = python(scanner.__file__, "1", f"{target.pid} {begin} {end} 4096")
-    inner = python("-c", nested, str(target.pid), str(found), *scan.argv)
-    outer = ScanFilter(HiddenPages(target.fork()))
-    assert await run(outer, inner, tmp_path / "said") == f"0 True {os.strerror(errno.EBUSY)}\n"
-    assert spans(json.loads(found.read_text())[0]) == spans(scanner.scan(target.pid, begin, end, 4096))
+    whole = (target.pid, begin, end, 4096)
+    hidden = HiddenPages(target.pid)
+    running = await start(scanning(tmp_path, hidden, whole), tmp_path / "found")
+    until(lambda: "scanner" in Path(f"/proc/{running.pid}/cmdline").read_text())
+    other = put_under_filter(running.pid)
+    answering = ScanFilter(hidden, tmp_path)
+    answering.arm(running.pid)
+    await let_go(tmp_path)
+    assert await asyncio.to_thread(answering.wait, 10)
+    os.close(other)
+    assert await running.wait() == 0
+    answering.close()
+    assert os.strerror(errno.EBUSY) in hidden.refusal
 
 
-async def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
-    scans = ScanFilter(HiddenPages(os.getpid()))
-    output = tmp_path / "output"
-    running = await scans.start(Command(("/nonexistent/criu",), {}), output)
-    assert await running.wait() == 127
-    assert scans.wait(10)
-    assert "/nonexistent/criu: No such file or directory" in output.read_text()
+async def test_who_never_comes_to_its_pages_is_not_waited_for(target: Target, tmp_path: Path) -> None:
+    answering = ScanFilter(HiddenPages(target.pid), tmp_path)
+    answering.arm(target.pid)
+    assert not answering.wait(0.01)
+    answering.close()
+    answering.close()
 
 
-async def test_what_runs_under_the_filter_is_otherwise_as_it_would_be(tmp_path: Path) -> None:
-    """No privilege is given up, no signal ignored, no descriptor left open."""
-    status = "grep -E '^(NoNewPrivs|SigIgn|CapEff)' /proc/self/status; ls /proc/self/fd | wc -l"
-    command = Command(("sh", "-c", status), {})
-    plain = tmp_path / "plain"
-    await (await start(command, plain)).wait()
-    assert await run(ScanFilter(HiddenPages(os.getpid())), command, tmp_path / "filtered") == plain.read_text()
+async def test_others_that_open_the_image_are_let_in(target: Target, tmp_path: Path) -> None:
+    hidden = HiddenPages(target.pid)
+    answering = ScanFilter(hidden, tmp_path)
+    answering.arm(target.pid)
+    assert (tmp_path / hidden.root_image).read_bytes() == b""
+    answering.close()
+    assert status_field(os.getpid(), "Seccomp") == "0"
+
+
+def test_nothing_hidden_nothing_done(target: Target, tmp_path: Path) -> None:
+    answering = ScanFilter(None, tmp_path)
+    answering.arm(target.pid)
+    answering.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_put_under_the_filter_is_otherwise_as_it_was(target: Target) -> None:
+    def looks() -> tuple[list[str], list[str], list[str]]:
+        maps = Path(f"/proc/{target.pid}/maps").read_text().splitlines()
+        status = [status_field(target.pid, name) for name in ("NoNewPrivs", "SigBlk", "SigIgn", "CapEff", "TracerPid")]
+        return names(f"/proc/{target.pid}/fd"), maps, status
+
+    before = looks()
+    listener = put_under_filter(target.pid)
+    assert looks() == before
+    assert status_field(target.pid, "Seccomp") == "2"
+    os.close(listener)
+    assert target.run("sum(range(1000))") == 499500

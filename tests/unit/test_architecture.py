@@ -163,8 +163,7 @@ def test_one_file_starts_processes() -> None:
         calls = (ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
         if any(STARTS_A_PROCESS.fullmatch(call) for call in calls):
             starters.add(str(path.relative_to(ROOT)))
-    # The second becomes, under a filter, the command that the first has started it for.
-    assert starters == {"coordinator/agent/process.py", "coordinator/agent/memory/under_filter.py"}
+    assert starters == {"coordinator/agent/process.py"}
 
 
 def test_the_agent_needs_the_standard_library_and_pyroute2_alone() -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore
+from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore, Started
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
 from coordinator.agent.memory.base import PAGE_BYTES
@@ -219,20 +219,14 @@ class FakeCheckpointer:
         self._life = life
 
     async def dump(
-        self,
-        command: Command,
-        journal: Path,
-        started: Callable[[int], None],
-        *,
-        lazy: bool,
-        hidden: HiddenPages | None = None,
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
     ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
         handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started) -> Restore:
         """See ``Checkpointer``."""
         run = await self._start(journal, (POST_RESTORE,), RestoreFailed("CRIU does not start"))
         handle = FakeRestore(self._life, run, run.begin(run.restore()), RestoreFailed("CRIU fails"))
@@ -244,7 +238,7 @@ class FakeCheckpointer:
         self._life.at_death.append(run.unlock_all)
         return run
 
-    async def _told(self, handle: H, started: Callable[[int], None]) -> H:
+    async def _told(self, handle: H, started: Started) -> H:
         # The instant between a process's start and the record of its pid is too short for this fake to stop at.
         started(handle.run.pid)
         try:

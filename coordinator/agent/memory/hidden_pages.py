@@ -19,6 +19,7 @@ from coordinator.agent.memory import base
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, spans_of, union
+from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
@@ -42,6 +43,11 @@ class HiddenPages:
         self._mappings = mappings
         self._may_hide: dict[int, Spans] = {}
         self._hidden: dict[int, Spans] = {}
+
+    @property
+    def root_image(self) -> str:
+        """Name of the image that has the page map of the root."""
+        return f"pagemap-{inner_pid(self._root_pid)}.img"
 
     @property
     def hidden(self) -> Mapping[int, Spans]:
