@@ -26,8 +26,10 @@ from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, Pagemap, guard_category
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, normalise
+from coordinator.agent.priority import set_pace
 from coordinator.facts import WorkloadSpec
 from coordinator.journal import Journal
+from netfix.gate import CLOSED, NftGate
 
 #: images/pagemap.proto, criu/include/magic.h.
 _MAGICS = struct.pack("=II", 0x54564319, 0x56084025)
@@ -117,9 +119,11 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
     journal = Journal.create(folder, "m-1", "source", {})
     hidden = HiddenPages(tasks.root_pid) if hide else None
     command = runtime.dump_command(tasks, images, work, lazy=True)
+    gate = NftGate("dumper", [address.partition("/")[0] for address in workload.addresses])
     running = await HeldCriu(work, images).dump(command, journal.path, lambda _: None, lazy=True, hidden=hidden)
     try:
         await running.ready()
+        await gate.set(CLOSED)  # or CRIU meets queues that grow while it reads them
         began = time.monotonic()
         running.freeze()
         await running.dumped()
@@ -130,6 +134,8 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
         processes = [counts(images / f"pagemap-{inner}.img", pid, secret.get(pid, [])) for inner, pid in alive]
     finally:
         await running.end()
+        await gate.remove()
+        gate.close()
         journal.close()
     return {
         "frozen_ms": round(frozen_ms, 1),
@@ -140,6 +146,7 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
 
 async def main(workload: str, hide: str, times: str = "1") -> None:
     """See the module."""
+    set_pace("urgent")
     said = []
     for _ in range(int(times)):
         with tempfile.TemporaryDirectory(dir="/run", prefix="dumper-") as folder:
