@@ -14,7 +14,7 @@ from pathlib import Path
 
 #: include/uapi/linux/fanotify.h.
 _CLASS_CONTENT, _CLOEXEC, _NONBLOCK = 0x4, 0x1, 0x2
-_MARK_ADD, _OPEN_PERM, _ALLOW = 0x1, 0x10000, 0x1
+_MARK_ADD, _MARK_REMOVE, _OPEN_PERM, _ALLOW = 0x1, 0x2, 0x10000, 0x1
 _AT_FDCWD = -100
 #: struct fanotify_event_metadata and struct fanotify_response.
 _EVENT = struct.Struct("=IBBHQii")
@@ -34,8 +34,9 @@ class HeldOpen:
         self._opened = -1
         flags = os.O_RDONLY | os.O_CLOEXEC
         self._group = _checked(int(_libc.fanotify_init(_CLASS_CONTENT | _CLOEXEC | _NONBLOCK, flags)))
+        self._path = os.fsencode(path)
         try:
-            _checked(int(_libc.fanotify_mark(self._group, _MARK_ADD, _OPEN_PERM, _AT_FDCWD, os.fsencode(path))))
+            self._mark(_MARK_ADD)
         except OSError:
             self.close()
             raise
@@ -48,29 +49,43 @@ class HeldOpen:
         poller.register(until, select.POLLIN)
         poller.register(self._group, select.POLLIN)
         while not any(descriptor == until for descriptor, _ in poller.poll()):
-            try:
-                event = os.read(self._group, _EVENT.size)
-            except BlockingIOError:  # it was killed meanwhile
-                continue
-            *_, self._opened, pid = _EVENT.unpack(event)
-            if is_wanted(pid):
-                return int(pid)
-            self.let_in()
+            pid = self._next()
+            if pid is not None and is_wanted(pid):
+                return pid
+            self._allow()
         return None
 
     def let_in(self) -> None:
-        """Let who is held go on. Idempotent."""
+        """Let who is held go on, and hold nobody any more. Idempotent."""
         if self._opened >= 0:
-            os.write(self._group, _RESPONSE.pack(self._opened, _ALLOW))
-            os.close(self._opened)
-            self._opened = -1
+            self._mark(_MARK_REMOVE)
+            self._allow()
+            while self._next() is not None:
+                self._allow()
 
     def close(self) -> None:
-        """Hold nobody any more. Idempotent."""
+        """As ``let_in``. Takes some 15 ms: the kernel waits for all who might look at the mark. Idempotent."""
         for descriptor in (self._opened, self._group):
             if descriptor >= 0:
                 os.close(descriptor)
         self._opened = self._group = -1
+
+    def _mark(self, how: int) -> None:
+        _checked(int(_libc.fanotify_mark(self._group, how, _OPEN_PERM, _AT_FDCWD, self._path)))
+
+    def _next(self) -> int | None:
+        """Who opens the file, if anybody does: it waits until ``_allow``."""
+        try:
+            *_, self._opened, pid = _EVENT.unpack(os.read(self._group, _EVENT.size))
+        except BlockingIOError:
+            return None
+        return int(pid)
+
+    def _allow(self) -> None:
+        if self._opened >= 0:
+            os.write(self._group, _RESPONSE.pack(self._opened, _ALLOW))
+            os.close(self._opened)
+            self._opened = -1
 
 
 def _checked(result: int) -> int:

@@ -178,11 +178,11 @@ class ScanFilter:
             except (OSError, LivemoveError) as error:
                 hidden.refusal = str(error)
                 return
-        try:
-            with closing(ScanAnswerer(hidden)) as answerer:
-                _answer_all(listener, self._stop, answerer)
-        finally:  # whatever ends this, nobody may wait for an answer any more
-            os.close(listener)
+            try:
+                with closing(ScanAnswerer(hidden)) as answerer:
+                    _answer_all(listener, self._stop, answerer)
+            finally:  # whatever ends this, nobody may wait for an answer any more
+                os.close(listener)
 
 
 def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
