@@ -41,6 +41,7 @@ class ScanAnswerer:
 
     def __init__(self, hidden: HiddenPages) -> None:
         self._hidden = hidden
+        self._processes: dict[tuple[int, str], int | None] = {}
         self._pagemaps: dict[int, Pagemap] = {}
         self._memory = (0, -1)
         self._regions = (PageRegion * _MOST_REGIONS)()
@@ -59,7 +60,7 @@ class ScanAnswerer:
         ``waits`` tells whether it stands there still, so that its pid has not come to name another. Never raises for
         what can happen to CRIU or to the tasks."""
         with suppress(OSError, LivemoveError):
-            pid = scanned_process(scanner, descriptor)
+            pid = self._scanned_process(scanner, descriptor)
             memory = self._open_memory(scanner)
             argument = read_argument(memory, address)
             if pid is None or argument is None or not looks_for_content(argument):
@@ -71,6 +72,19 @@ class ScanAnswerer:
             if waits() and self._write(memory, address, argument, count):
                 return count
         return None
+
+    def _scanned_process(self, scanner: int, descriptor: int) -> int | None:
+        """The process whose page map a descriptor of ``scanner`` is, as numbered here.
+
+        The link has its name in the scanner's own /proc, which may number otherwise: so it is the same file, or
+        nobody. That is looked at once for each name, because it takes as long as all the rest."""
+        link = f"/proc/{scanner}/fd/{descriptor}"
+        name = os.readlink(link)  # noqa: PTH115 - a Path takes as long as the call
+        if (scanner, name) not in self._processes:
+            *_, number, file = "", *name.split("/")
+            same = file == "pagemap" and number.isdigit() and Path(link).samefile(f"/proc/{number}/pagemap")
+            self._processes[scanner, name] = int(number) if same else None
+        return self._processes[scanner, name]
 
     def _open_memory(self, scanner: int) -> int:
         """CRIU's memory, opened once: of a process that is gone the descriptor reads nothing, whatever its pid is."""
@@ -113,17 +127,6 @@ class ScanAnswerer:
         end = _WORD.pack(argument.walk_end)
         written: int = os.pwrite(memory, regions, argument.vec) + os.pwrite(memory, end, address + _WALK_END)
         return written == length + len(end)
-
-
-def scanned_process(scanner: int, descriptor: int) -> int | None:
-    """The process whose page map a descriptor of ``scanner`` is, as numbered here.
-
-    The link has its name in the scanner's own /proc, which may number otherwise: so it is the same file, or nobody."""
-    link = Path(f"/proc/{scanner}/fd/{descriptor}")
-    *_, number, name = "/", "", *link.readlink().parts
-    if name != "pagemap" or not number.isdigit():
-        return None
-    return int(number) if link.samefile(f"/proc/{number}/pagemap") else None
 
 
 def read_argument(memory: int, address: int) -> ScanArgument | None:
