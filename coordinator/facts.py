@@ -54,7 +54,8 @@ class LeftoverFacts:
 class HostFacts:
     """What preflight wants to know of a host. ``identity`` differs between any two running hosts, also when they share
     a kernel (boot id, pid and network namespace). ``taken_pids`` are all process and thread ids in use; ``tracker`` is
-    how this kernel can tell which pages were written, ``tracker_problem`` why it cannot."""
+    how this kernel can tell which pages were written, ``tracker_problem`` why it cannot;
+    ``tracks_connections``: the kernel's connection table has entries, as on a host with a stateful firewall or NAT."""
 
     hostname: str
     identity: str
@@ -76,6 +77,7 @@ class HostFacts:
     taken_pids: tuple[int, ...] = ()
     tracker: Literal["write_protect", "soft_dirty", "none"] = "none"
     tracker_problem: str = ""
+    tracks_connections: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,35 @@ class SocketFacts:
     local_port: int
     remote: str
     remote_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteFacts:
+    """A route in a workload's network namespace; see ``netfix.attachment.Route``."""
+
+    destination: str
+    gateway: str
+    source: str
+    priority: int
+    scope: int
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceFacts:
+    """A workload's own network namespace at ``path``, and how it is attached; see ``netfix.attachment.Attachment``."""
+
+    path: str
+    interface: str
+    kind: str
+    parent: str
+    host_end: str
+    mode: str
+    mac: str
+    mtu: int
+    addresses: tuple[str, ...]
+    routes: tuple[RouteFacts, ...]
+    sysctls: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +139,8 @@ class WorkloadFacts:
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
     thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
     container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
-    the id of a migration of it that is unfinished here."""
+    the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where it has one;
+    ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run it."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0
@@ -122,3 +154,5 @@ class WorkloadFacts:
     executable: str = ""
     obstacles: tuple[Obstacle, ...] = ()
     moving: str = ""
+    namespace: NamespaceFacts | None = None
+    namespace_taken: str = ""

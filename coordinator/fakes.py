@@ -47,6 +47,7 @@ def healthy_facts(number: int) -> HostFacts:
         memory_available_bytes=4 << 30,
         leftovers=(),
         unfinished=(),
+        tracks_connections=True,
         agent_rss_bytes=30 << 20,
         tracker="write_protect",
     )

@@ -257,6 +257,24 @@ CHECKS: dict[str, Check] = {
             "A process id of the workload is in use on the destination.",
             "End that process, or run the service in a container, which has process ids of its own.",
         ),
+        Check(
+            "NAMESPACE_TAKEN",
+            "error",
+            "The destination has something where the workload's own network namespace is to be made.",
+            "Remove it if nothing uses it: ip netns delete NAME.",
+        ),
+        Check(
+            "NAMESPACE_PARENT_MISSING",
+            "error",
+            "The destination lacks the bridge or interface to which the workload's own network namespace is attached.",
+            "Make a bridge of that name there, on the same segment.",
+        ),
+        Check(
+            "NAMESPACE_OTHER_ADDRESS",
+            "error",
+            "The workload's own network namespace has an address that is not one of the workload's.",
+            "Add it to `addresses` in the workload's section, or remove it from the namespace.",
+        ),
         # ------------------------------------------------ the service addresses
         Check(
             "ADDRESS_NOT_ON_SOURCE",
@@ -305,7 +323,7 @@ CHECKS: dict[str, Check] = {
 
 #: What the agent may find in a workload (``agent/obstacles.py``, which says what to do about each): code → meaning.
 OBSTACLES: dict[str, str] = {
-    "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own.",
+    "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
     "UID_NEEDS_CAP_SYS_RESOURCE": "A process runs as another uid than root, and root lacks CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
     "TERMINAL": "A plain process has a terminal of its host as standard stream.",

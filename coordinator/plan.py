@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from ipaddress import ip_interface
 
 from coordinator.config import Host, Policy
-from coordinator.facts import HostFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import HostFacts, NamespaceFacts, WorkloadFacts, WorkloadSpec
 from coordinator.protocol import AddressMove, Endpoint, MigrationPlan, Mode
 
 #: ``netfix.announce.announcement_frames``: (address, mac) → the frames that say "this MAC has this address".
@@ -61,7 +61,10 @@ def make_plan(
 
     Precondition: both hosts' interfaces exist, which preflight has checked; ``ValueError`` otherwise.
     """
+    namespace = workload_facts.namespace
     source_mac, destination_mac = _mac(source_facts), _mac(destination_facts)
+    if namespace is not None:  # its MAC moves with it
+        source_mac = destination_mac = namespace.mac
     return MigrationPlan(
         id=migration,
         workload=workload,
@@ -72,7 +75,9 @@ def make_plan(
         expected_pids=workload_facts.pids,
         deadlines=policy.deadlines,
         memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),
-        destination_criu=destination_facts.criu.version if destination_facts.criu else "",
+        track_connections=destination_facts.tracks_connections,
+        namespace=namespace,
+        namespace_parent=namespace_parent(namespace, source.interface, destination.interface) if namespace else "",
     )
 
 
@@ -82,6 +87,12 @@ def memory_mode(policy: Policy, source: HostFacts) -> Mode:
     if policy.mode in ("auto", "pre-copy", "hybrid") and source.tracker == "none":
         return "stop-copy"
     return "pre-copy" if policy.mode == "auto" else policy.mode
+
+
+def namespace_parent(namespace: NamespaceFacts, source_interface: str, destination_interface: str) -> str:
+    """What a workload's own network namespace is attached to on the destination: the interface there that stands for
+    the source's, or else a bridge or interface of the same name."""
+    return destination_interface if namespace.parent == source_interface else namespace.parent
 
 
 def _endpoint(host: Host) -> Endpoint:

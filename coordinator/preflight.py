@@ -13,9 +13,17 @@ from functools import cached_property
 from ipaddress import IPv6Address, ip_address, ip_interface
 
 from coordinator.errors import LivemoveError
-from coordinator.facts import CriuFacts, HostFacts, LeftoverFacts, SocketFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    CriuFacts,
+    HostFacts,
+    LeftoverFacts,
+    SocketFacts,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from coordinator.findings import Finding, finding, from_error, from_obstacle, in_order
-from coordinator.plan import id_part, image_space_bytes
+from coordinator.plan import id_part, image_space_bytes, namespace_parent
+from coordinator.preflight_namespace import namespace_findings
 from coordinator.protocol import SelfTestResult
 
 _MIB = 1024 * 1024
@@ -259,6 +267,16 @@ def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) ->
     elif there.bundle_digest != here.bundle_digest:
         yield finding("BUNDLE_DIFFERS", destination, f"{workload.bundle}/config.json is not the source's")
     about = facts.hosts.get(destination)
+    if here.namespace is not None and facts.source is not None:
+        parent = namespace_parent(here.namespace, facts.interfaces[facts.source], facts.interfaces[destination])
+        yield from namespace_findings(
+            workload=workload,
+            namespace=here.namespace,
+            destination=destination,
+            parent=parent,
+            about=about,
+            there=there,
+        )
     if workload.runtime == "process" and about is not None:
         for pid in sorted(set(here.pids) & set(about.taken_pids)):
             yield finding("PID_TAKEN", destination, f"process id {pid} of {workload.name} is in use")
@@ -305,7 +323,7 @@ def _addresses(facts: MoveFacts, source: str) -> Iterator[Finding]:
         interface = _on_interface(here, text)
         if interface is None:
             yield finding("ADDRESS_NOT_ON_SOURCE", source, f"{source} does not have {address}")
-        elif interface != facts.interfaces[source]:
+        elif here.namespace is None and interface != facts.interfaces[source]:
             message = f"{address} is on {interface}, not on {facts.interfaces[source]}"
             yield finding("ADDRESS_ON_OTHER_INTERFACE", source, message)
         taken = _on_interface(there, text) if there else None
@@ -315,7 +333,7 @@ def _addresses(facts: MoveFacts, source: str) -> Iterator[Finding]:
                 "ADDRESS_ON_DESTINATION", facts.destination, f"{facts.destination} has {address} already", hint
             )
         if source_host and source_host.interface and address in facts.answers:
-            yield from _answered(facts, address, source, source_host.interface.mac)
+            yield from _answered(facts, address, source, (here.namespace or source_host.interface).mac)
         if destination_host and destination_host.interface and destination_host.interface.addresses:
             subnets = [ip_interface(each).network for each in destination_host.interface.addresses]
             if not any(ip_address(address) in subnet for subnet in subnets):

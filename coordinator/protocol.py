@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Literal, TypeVar
 
-from coordinator.facts import HostFacts, SocketFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import HostFacts, NamespaceFacts, SocketFacts, WorkloadFacts, WorkloadSpec
 from coordinator.journal import Phase
 
 VERSION = 1
@@ -82,7 +82,9 @@ class MemoryPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationPlan:
     """All that the halves need; nothing else is asked of the coordinator once they are prepared. ``expected_pids`` are
-    the pids and thread ids of the workload on the source, the root's first; ``destination_criu`` is a version."""
+    the pids and thread ids of the workload on the source, the root's first;
+    ``track_connections``: the destination has a connection table that must know the workload's connections;
+    ``namespace``: the workload's own network namespace, to be attached to ``namespace_parent`` on the destination."""
 
     id: str
     workload: WorkloadSpec
@@ -93,7 +95,9 @@ class MigrationPlan:
     expected_pids: tuple[int, ...]
     deadlines: Deadlines
     memory: MemoryPolicy = field(default_factory=MemoryPolicy)
-    destination_criu: str = ""
+    track_connections: bool = False
+    namespace: NamespaceFacts | None = None
+    namespace_parent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

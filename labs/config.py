@@ -25,6 +25,12 @@ class Workload:
     container: str | None = None  # runc
     bundle: str | None = None  # runc
     pid_file: str | None = None  # process
+    network: Literal["host", "veth", "macvlan"] = "host"  # runc: a network namespace of its own, attached so
+
+    @property
+    def netns(self) -> str:
+        """The name of its own network namespace."""
+        return self.name if self.network != "host" else ""
 
     def section(self) -> str:
         fields: dict[str, Value | None] = {

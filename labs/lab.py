@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,15 @@ class Lab:
     def add_workload(self, workload: config.Workload) -> None:
         """Make a further workload known to livemove."""
         config.add_workload(self.config_path, workload)
+
+    @contextmanager
+    def bridges(self) -> Iterator[None]:
+        """Every host has a bridge on the segment, for containers with a network of their own."""
+        with ExitStack() as undo:
+            for station in HOSTS:
+                segment.add_bridge(self.paths, station)
+                undo.callback(segment.remove_bridge, self.paths, station)
+            yield
 
     def capture(self, path: Path, expression: str = "") -> AbstractContextManager[segment.Capture]:
         """Record the packets on the segment that match a tcpdump expression, for the length of a `with` block."""

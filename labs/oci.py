@@ -13,8 +13,12 @@ IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 
 
-def config(*, name: str, hostname: str, command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """A read-only container in the host's own network, without a terminal."""
+def config(
+    *, name: str, hostname: str, command: list[str], environment: dict[str, str], netns: str = ""
+) -> dict[str, Any]:
+    """A read-only container without a terminal, in the host's own network or in the namespace of that name."""
+    # Else no network namespace: the service's address is one of the host's, as livemove moves it.
+    network = [{"type": "network", "path": f"/run/netns/{netns}"}] if netns else []
     variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
     return {
         "ociVersion": "1.2.0",
@@ -37,8 +41,7 @@ def config(*, name: str, hostname: str, command: list[str], environment: dict[st
             _tmpfs("/tmp", "mode=1777", "size=65536k", "nosuid", "nodev"),
         ],
         "linux": {
-            # No network namespace: the service's address is one of the host's, as livemove moves it.
-            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")],
+            "namespaces": [*({"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")), *network],
             "cgroupsPath": f"/{name}",
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "seccomp": _without_io_uring(),

@@ -21,6 +21,7 @@ from labs.state import Paths, is_bound
 from labs.topology import INTERFACE, PREFIX, PREFIX6, STATIONS, Station
 
 SEGMENT = "segment"
+BRIDGE, BRIDGE_PORT = "br0", "eth1"
 CAPTURE_START_S = 10.0
 CAPTURE_BUFFER_KIB = 65536
 
@@ -63,6 +64,26 @@ def _bridge(paths: Paths) -> list[str]:
             f"link set {station.name} master {SEGMENT} up",
         ]
     return batch
+
+
+def add_bridge(paths: Paths, station: Station) -> None:
+    """Give a host a bridge with a cable of its own to the segment, for containers. Undo: `remove_bridge`."""
+    far_end = f"name {BRIDGE_PORT} netns {paths.netns(station.name)}"
+    cable = [f"link add {station.name}-br type veth peer {far_end}", f"link set {station.name}-br master {SEGMENT} up"]
+    _in_namespace(paths, SEGMENT, {}, cable)
+    bridge = [
+        f"link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"link set {BRIDGE_PORT} master {BRIDGE} up",
+    ]
+    _in_namespace(paths, station.name, {}, bridge)
+    # A second way into the host: it must not answer there for the addresses that are on its first interface.
+    deaf = {f"net/ipv4/conf/{BRIDGE}/arp_ignore": 8, f"net/ipv6/conf/{BRIDGE}/disable_ipv6": 1}
+    _in_namespace(paths, station.name, deaf, [f"link set {BRIDGE} up"])
+
+
+def remove_bridge(paths: Paths, station: Station) -> None:
+    """Take bridge and cable away again."""
+    _in_namespace(paths, station.name, {}, [f"link del {BRIDGE}", f"link del {BRIDGE_PORT}"])
 
 
 def _addresses(station: Station) -> list[str]:

@@ -21,6 +21,7 @@ from labs import config, oci
 from labs.commands import LabError
 from labs.lab import Lab
 from labs.machines import Host
+from labs.segment import BRIDGE
 from labs.topology import HOSTS, INTERFACE, STATIONS
 
 PORT = 7000
@@ -49,7 +50,7 @@ class Workload(config.Workload):
 
     @classmethod
     def of_lab(cls, lab: Lab, name: str, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Workload:
-        """The workload as the lab's configuration describes it."""
+        """The workload as the lab's configuration describes it, which says nothing of its network."""
         table = tomllib.loads(lab.config_path.read_text())["workloads"]
         if name not in table:
             raise LabError(f"{lab.config_path} has no workload {name!r}; there are: {', '.join(table)}")
@@ -92,7 +93,10 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
     """Start the installed workload on a host, with its addresses; return when it listens. Undo: `stop`."""
     machine = lab.host(host)
     with ExitStack() as undo:
-        for address in workload.addresses:
+        if workload.netns:
+            undo.callback(machine.run, ["ip", "netns", "delete", workload.netns], check=False)
+            own_network(machine, workload)
+        for address in workload.addresses if not workload.netns else ():
             nodad = ["nodad"] if ":" in address else []
             machine.run(["ip", "address", "add", address, "dev", INTERFACE, *nodad])
             undo.callback(machine.run, ["ip", "address", "del", address, "dev", INTERFACE], check=False)
@@ -111,6 +115,9 @@ def stop(lab: Lab, workload: Workload) -> None:
     for station in HOSTS:
         machine = lab.host(station.name)
         _end(machine, workload)
+        if workload.netns:
+            machine.run(["ip", "netns", "delete", workload.netns], check=False)
+            continue
         for address in workload.addresses:
             machine.run(["ip", "address", "del", address, "dev", INTERFACE], check=False)
 
@@ -123,7 +130,9 @@ def where(lab: Lab, workload: Workload) -> list[str]:
 def listening_pids(machine: Host, workload: Workload) -> list[str]:
     """The processes that listen on the workload's addresses, as the host counts. Asked of the sockets, not of a
     file: after a move no file need be where it was."""
-    sockets = machine.run(["ss", "-Hltnp", f"sport = :{PORT}"]).stdout.splitlines()
+    inside = ["nsenter", f"--net=/run/netns/{workload.netns}"] if workload.netns else []
+    # Without the namespace there is nothing that could listen in it.
+    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{PORT}"], check=not inside).stdout.splitlines()
     local = {f"[{a}]:{PORT}" if ":" in a else f"{a}:{PORT}" for a in workload.listens_on}
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
 
@@ -142,11 +151,35 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
     assert workload.bundle and workload.container
     rootfs = f"{workload.bundle}/rootfs"
     description = oci.config(
-        hostname=workload.name, command=workload.command, environment={"PYTHONPATH": CODE}, name=workload.container
+        hostname=workload.name,
+        command=workload.command,
+        environment={"PYTHONPATH": CODE},
+        name=workload.container,
+        netns=workload.netns,
     )
     # The container's root is the host's own, read-only: what is mounted in the host is not in it.
     _shell(machine, f"mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}")
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
+
+
+def mac_of(workload: Workload) -> str:
+    """The MAC of a workload's own interface."""
+    return f"02:00:5e:00:54:{int(workload.listens_on[0].rpartition('.')[2]):02x}"
+
+
+def own_network(machine: Host, workload: Workload) -> None:
+    """A network namespace with the workload's addresses and MAC, as a container network plugin makes one."""
+    name = workload.netns
+    if workload.network == "veth":
+        link = f"ip link add v-{name} type veth peer name eth0 netns {name} && ip link set v-{name} master {BRIDGE} up"
+    else:
+        link = f"ip link add link {INTERFACE} name m-{name} type macvlan mode bridge"
+        link += f" && ip link set m-{name} netns {name} name eth0"
+    inside = ["link set lo up", f"link set eth0 address {mac_of(workload)} up"]
+    inside += [f"address add {each} dev eth0{' nodad' if ':' in each else ''}" for each in workload.addresses]
+    inside += ["route add default via 192.0.2.2"]
+    steps = [f"ip netns add {name}", link, *(f"ip -n {name} {step}" for step in inside)]
+    _shell(machine, " && ".join(steps))
 
 
 def _run_container(machine: Host, workload: Workload) -> None:

@@ -16,6 +16,7 @@ import uvloop
 from .address import NetlinkAddressBook, parse_address
 from .announce import announcement_frames, probe_frames
 from .cli_common import Result, Runner, answer, as_json_option, table
+from .cli_conntrack import conntrack_command
 from .cli_hold import hold_command
 from .cli_sweep import sweep_command
 from .errors import AddressConflictError
@@ -43,6 +44,7 @@ def cli() -> None:
       netfix who 192.0.2.10 --interface eth0
       netfix announce 192.0.2.10 --interface eth0
       netfix sockets --address 192.0.2.10 --json
+      netfix conntrack 192.0.2.10
       netfix hold 192.0.2.10 --seconds 5
     """
 
@@ -293,6 +295,7 @@ def leftovers_command(run: Runner, *, except_for: str | None, as_json: bool) -> 
     answer(run, work, render, as_json)
 
 
+cli.add_command(conntrack_command)
 cli.add_command(hold_command)
 cli.add_command(sweep_command)
 

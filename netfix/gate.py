@@ -155,13 +155,15 @@ def _encode_remove(table: str) -> bytes:
 class NftGate:
     """The gate in nf_tables, in the network namespace of the thread that makes it. See `Gate`."""
 
-    def __init__(self, migration_id: str, addresses: Sequence[str]) -> None:
+    def __init__(self, migration_id: str, addresses: Sequence[str], *, alone: bool = False) -> None:
         """Encode the rules, see what the kernel can do; nothing is changed yet (some tens of milliseconds).
 
-        Raises UsageError, InvalidAddressError, NotPermittedError, KernelLacksError.
+        `alone`: this namespace is the service's alone (see `gate_rules`). Raises UsageError, InvalidAddressError,
+        NotPermittedError, KernelLacksError.
         """
         self._table = table_name(migration_id)
         self._addresses = _service_addresses(addresses)
+        self._alone = alone
         self._rules: dict[str, bytes] = {}
         self._last: GateState | None = None
         self._before = [nft.new_table(family, self._table) for family in FAMILIES]
@@ -199,7 +201,8 @@ class NftGate:
 
     def _ruleset(self, state: GateState) -> list[GateRule]:
         queue = None if state.queue is None else Queue(state.queue, self._form)
-        return ruleset(self._addresses, answering=state.answering, passing=state.passing, queue=queue)
+        values = {"answering": state.answering, "passing": state.passing, "alone": self._alone}
+        return ruleset(self._addresses, queue=queue, **values)
 
     def _encode(self, state: GateState) -> bytes:
         """The transaction that makes `state` the state. What exists is kept, and all rules are replaced.

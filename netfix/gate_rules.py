@@ -20,6 +20,10 @@ neighbour discovery message at all (types 133 to 137, RFC 4861: they carry the s
 address as its source; solicitations for the target are dropped on their way in. Other IPv6 packets tell nobody a
 link-layer address.
 
+Alone: where the gate's network namespace is the service's alone, its MAC moves with it, and every frame tells a switch
+where that is. One that does not answer therefore sends nothing at all, whatever its source: no segment of the service,
+which stays in its send queue, and none of the kernel's own reports (IPv6 group memberships, address detection).
+
 Neighbour discovery depends on `answering` alone: a holding destination answers although nothing else passes.
 """
 
@@ -34,6 +38,8 @@ from . import nft
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _RAW = -300
+_NAME_BYTES = 16
+"""IFNAMSIZ"""
 _LAST = 300
 CHAINS = (
     # family, name, hook number, priority (include/uapi/linux/netfilter.h, netfilter_arp.h)
@@ -132,11 +138,18 @@ def _refuse_inbound(address: Address, queue: Queue | None) -> GateRule:
     return GateRule(nft.INET, "prerouting", [*_destination_is(address), *ending], comment)
 
 
+def _mute() -> list[GateRule]:
+    """Nothing at all leaves but over loopback."""
+    drop = nft.verdict(nft.DROP)
+    outward = nft.meta_is_not(Meta.NFT_META_OIFNAME, b"lo".ljust(_NAME_BYTES, b"\0"))
+    return [GateRule(nft.INET, "output", [*outward, *drop], "mute"), GateRule(nft.ARP, "output", drop, "mute")]
+
+
 def ruleset(
-    addresses: Sequence[Address], *, answering: bool, passing: bool, queue: Queue | None = None
+    addresses: Sequence[Address], *, answering: bool, passing: bool, queue: Queue | None = None, alone: bool = False
 ) -> list[GateRule]:
     """All rules of a gate in that state, in their order."""
-    found: list[GateRule] = []
+    found: list[GateRule] = _mute() if alone and not answering else []
     if not answering:
         found += [rule for address in addresses for rule in _silence(address)]
     if (not passing or queue) and any(address.version == 6 for address in addresses):

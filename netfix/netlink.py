@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -39,12 +39,16 @@ _NETLINK_NO_ENOBUFS = 5
 _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
 _HEADER = struct.Struct("=IHHII")
+_NUMBER = struct.Struct("=I")
+"""The sequence number, at offset 8 of a message."""
 _ATTRIBUTE = struct.Struct("=HH")
 _ATTRIBUTE_TYPE_MASK = 0x3FFF
 _RECEIVE_BYTES = 1 << 16
 _ANSWER_TIMEOUT = struct.pack("@ll", 5, 0)
 """struct timeval: the kernel answers within its send(); this is for a kernel that does not answer at all."""
 _DUMP_TRIES = 5
+_PER_SEND = 64
+"""As many errors fit into the smallest usual receive buffer, at about 1 KiB each in the kernel's counting."""
 _SO_RCVBUFFORCE = 33
 
 
@@ -135,22 +139,40 @@ class NetlinkSocket:
         self._send(batch)
         acknowledged = False
         first: Refusal | None = None
-        while True:
-            try:
-                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                raise from_errno(error.errno or 0, self._doing) from error
-            for answer in _messages(data):
-                if answer.type == NLMSG_ERROR:
-                    refusal = _refusal(answer)
-                    acknowledged = acknowledged or refusal is None
-                    first = first or refusal
+        for answer in self._waiting():
+            if answer.type == NLMSG_ERROR:
+                refusal = _refusal(answer)
+                acknowledged = acknowledged or refusal is None
+                first = first or refusal
         if first is not None:
             raise first
         if not acknowledged:
             raise KernelRefusedError(f"{self._doing}: the kernel did not acknowledge the change")
+
+    def submit(self, requests: Sequence[bytes]) -> dict[int, Refusal]:
+        """Send messages that stand each by itself and want no acknowledgement, many at a time.
+
+        Returns the refusals by index: the kernel tells of every error, and of nothing else.
+        """
+        refusals = {}
+        for start in range(0, len(requests), _PER_SEND):
+            chunk = enumerate(requests[start : start + _PER_SEND], start)
+            self._send(b"".join(b"".join((one[:8], _NUMBER.pack(number), one[12:])) for number, one in chunk))
+            for answer in self._waiting():
+                if answer.type == NLMSG_ERROR and (refusal := _refusal(answer)) is not None:
+                    refusals[_NUMBER.unpack_from(answer.data, 8)[0]] = refusal
+        return refusals
+
+    def _waiting(self) -> Iterator[Message]:
+        """What has been answered and not been read yet."""
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise from_errno(error.errno or 0, self._doing) from error
+            yield from messages(data)
 
     def bear_bursts(self, receive_bytes: int) -> None:
         """Make the receive buffer that large, beyond the system's limit if we may, and lose silently beyond it."""
@@ -192,7 +214,7 @@ class NetlinkSocket:
         except OSError as error:
             raise from_errno(error.errno or 0, self._doing) from error
         done = False
-        for answer in _messages(data):
+        for answer in messages(data):
             if answer.flags & NLM_F_DUMP_INTR:
                 self._discard()
                 raise InterruptedError
@@ -227,7 +249,8 @@ class NetlinkSocket:
         self.close()
 
 
-def _messages(data: bytes) -> Iterator[Message]:
+def messages(data: bytes) -> Iterator[Message]:
+    """The messages in what was received at once."""
     offset = 0
     while offset + _HEADER.size <= len(data):
         length, kind, flags, _, _ = _HEADER.unpack_from(data, offset)

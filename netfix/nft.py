@@ -94,6 +94,11 @@ def meta_is(key: int, value: bytes) -> list[Expression]:
     return [_expression("meta", key=int(key), dreg=1), _compare(value)]
 
 
+def meta_is_not(key: int, value: bytes) -> list[Expression]:
+    """Packet metadata (a `NFT_META_*` key) is something other than `value`."""
+    return [_expression("meta", key=int(key), dreg=1), _compare(value, wire.Cmp.NFT_CMP_NEQ)]
+
+
 def network_is(offset: int, value: bytes) -> list[Expression]:
     """The bytes at `offset` of the network header (of the ARP header, in family arp) equal `value`."""
     return [_expression("payload", dreg=1, base=_NETWORK, offset=offset, len=len(value)), _compare(value)]

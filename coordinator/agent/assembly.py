@@ -16,9 +16,10 @@ from coordinator.agent.half import Adapters
 from coordinator.agent.images import RUN_DIR, TmpfsImageSpace
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.copying import MemorySource
-from coordinator.agent.memory.filling import LazyMemory
+from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.tree import TreeTracker
-from coordinator.agent.network import NetfixNetwork, tree_socket_inodes
+from coordinator.agent.namespaced import NamespacedNetwork
+from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.runtimes.oci import OciRuntime
@@ -30,6 +31,7 @@ from coordinator.facts import WorkloadSpec
 from coordinator.journal import DEFAULT_STATE_DIR, Journal
 from coordinator.protocol import Credentials, Endpoint, MigrationPlan
 from netfix.address import NetlinkAddressBook
+from netfix.conntrack import NetlinkConnectionTable
 from netfix.frames import PacketFramePort
 from netfix.gate import NftGate
 from netfix.hold import NfqueueHold
@@ -56,27 +58,40 @@ def runtime_of(workload: WorkloadSpec, expected_pids: tuple[int, ...] = ()) -> R
 def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapters:
     """The doors of a half to this host."""
     images = TmpfsImageSpace(plan.id, places.run)
-    network = NetfixNetwork(
-        here.interface,
-        plan.addresses,
-        gate=NftGate(plan.id, [move.address for move in plan.addresses]),
-        book=NetlinkAddressBook(),
-        port=PacketFramePort(here.interface),
-        inventory=DiagSocketInventory(),
-        hold=NfqueueHold(),
-        inodes=tree_socket_inodes,
-    )
     return Adapters(
         runtime=runtime_of(plan.workload, plan.expected_pids),
         criu=HeldCriu(images.work, images.images),
         images=images,
-        network=network,
+        network=_network(plan, here),
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),
-        memory_destination=LazyMemory,
+        memory_destination=StoredMemory,
         pace=priority.set_pace,
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
         start_time=start_time,
     )
+
+
+def _network(plan: MigrationPlan, here: Endpoint) -> ServiceNetwork:
+    """The network of a workload in the host's namespace, or in its own."""
+    table = NetlinkConnectionTable()
+    own = plan.namespace
+
+    def make() -> NetfixNetwork:
+        interface = here.interface if own is None else own.interface
+        return NetfixNetwork(
+            interface,
+            plan.addresses,
+            gate=NftGate(plan.id, [move.address for move in plan.addresses], alone=own is not None),
+            book=NetlinkAddressBook(),
+            port=PacketFramePort(interface),
+            inventory=DiagSocketInventory(),
+            hold=NfqueueHold(),
+            table=table,
+            inodes=tree_socket_inodes,
+            sockets_tracked=own is None,
+        )
+
+    return make() if own is None else NamespacedNetwork(own, plan.namespace_parent, make)
 
 
 def _track(root_pid: int) -> TreeTracker:

@@ -32,6 +32,7 @@ from typing import Protocol
 
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.scan_filter import ScanFilter
+from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
@@ -192,8 +193,8 @@ class Dump(Protocol):
     async def ready(self) -> None:
         """Return when CRIU stands directly before the freeze."""
 
-    def freeze(self) -> None:
-        """Let CRIU freeze the tasks and write the images."""
+    def freeze(self, root_pid: int) -> None:
+        """Let CRIU freeze the tasks, the first of which is ``root_pid``, and write the images."""
 
     async def dumped(self) -> None:
         """Return when the images are complete and the tasks frozen; raise ``DumpFailed`` if that cannot be reached."""
@@ -293,30 +294,31 @@ class CriuDump(CriuRun):
     def __init__(self, running: Running, hook: Hook, work: Path, scans: ScanFilter) -> None:
         super().__init__(running, hook, work, DumpFailed)
         self._scans = scans
+        self._dumping = contextlib.ExitStack()
 
     async def ready(self) -> None:
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
 
-    def freeze(self) -> None:
+    def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
+        watch = NapWatch(self._running.pid, root_pid)
+        self._dumping.callback(watch.end)
+        self._dumping.callback(self._scans.close)
+        watch.begin()
         self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
     async def dumped(self) -> None:
         """See ``Dump``."""
-        self._hook.doom(process_tree(await self._stands_at(POST_DUMP)))
-
-    def let_go(self) -> None:
-        """See ``Dump``. Of a dump that is not complete yet the scans fail, and with them the dump."""
-        super().let_go()
-        self._scans.close()
+        with self._dumping:
+            root_pid = await self._stands_at(POST_DUMP)
+        self._hook.doom(process_tree(root_pid))
 
     async def end(self) -> None:
         """See ``Dump``."""
         await self._ended()
-        self._scans.close()
 
 
 class CriuRestore(CriuRun):

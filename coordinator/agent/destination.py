@@ -38,6 +38,7 @@ from coordinator.errors import (
 from coordinator.facts import SocketFacts
 from coordinator.journal import Phase
 from coordinator.protocol import HalfResult
+from netfix.ctnetlink import from_bytes
 from netfix.gate import CLOSED
 from netfix.hold import HoldReport
 
@@ -58,6 +59,8 @@ class DestinationHalf(HalfWithMemory):
             "addresses": lambda _: self.network.remove_addresses(),
             "restore": self._discard,
             "memory": self._end_memory,
+            "namespace": lambda _: self.network.remove_namespace(),
+            "connections": lambda _: self.network.forget_connections(),
         }
 
     async def prepare(self) -> None:
@@ -65,6 +68,10 @@ class DestinationHalf(HalfWithMemory):
         await self.runtime.prepare_restore()
         self.deeds.record("image_space")
         await self.images.create(self.plan.image_space_bytes)
+        if self.plan.namespace is not None:
+            await self.network.check_namespace()
+            self.deeds.record("namespace")
+            await self.network.make_namespace()
         self.deeds.record("gate")
         await self.network.open_hold()
         await self.network.set_gate(CLOSED)
@@ -131,7 +138,7 @@ class DestinationHalf(HalfWithMemory):
         self.enter(Phase.COPYING)
         self.adapters.pace("background")
         async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s):
-            await receive_rounds(self._link(), self.images, self._memory)
+            await receive_rounds(self._link(), self.images, self._memory, self._track)
         async with asyncio.timeout(deadlines.connect_s + deadlines.freeze_s):
             await self._until_restored()
         self.enter(Phase.STAGED)
@@ -141,17 +148,23 @@ class DestinationHalf(HalfWithMemory):
         restore = await self._load_restore()
         await expect(self._link(), FrozenNow)
         self.enter(Phase.FROZEN)
-        pages_later, self._received_bytes = await receive_images(self._link(), self.images, self._memory)
+        pages_later, self._received_bytes = await receive_images(self._link(), self.images, self._memory, self._track)
         self.enter(Phase.DUMPED)
         self._fetcher = PageFetcher(self._link()) if pages_later else None
         self._go = asyncio.ensure_future(self._receive_go())
         if self._memory is not None:
             fetch = self._fetcher.fetch if self._fetcher is not None else None
-            await self._memory.start_daemon(self.images.images, self.images.work, fetch)
+            await self._memory.serve(self.images.images, fetch)
         restore.begin()
         root_pid = await self._staged(restore, self._go)
         if self._memory is not None:
             await self._memory.watch(root_pid)
+
+    async def _track(self, entries: bytes) -> None:
+        """Make the source's entries of tracked connections before a packet of theirs meets a firewall here."""
+        if not self.deeds.recorded("connections"):
+            self.deeds.record("connections", durable=False)  # with the host, its table is gone too
+        await self.network.track_connections(from_bytes(entries))
 
     async def _load_restore(self) -> Restore:
         """Start the restore up to where it needs images, so that the runtime's start is not part of the freeze."""
@@ -285,7 +298,7 @@ class DestinationHalf(HalfWithMemory):
             await self.network.announced()
         except LivemoveError as error:
             self.warn(f"announcing on {self.host}: {error}")
-        self.warn(*await self.deeds.undo(keep=("addresses", "restore")))
+        self.warn(*await self.deeds.undo(keep=("addresses", "restore", "connections", "namespace")))
         self.finished(Phase.RELEASED)
         return self.result("moved", root_pid=self._root_pid, frozen_bytes=self._received_bytes, sockets=self._sockets)
 

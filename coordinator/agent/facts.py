@@ -17,12 +17,14 @@ from coordinator.agent.images import memory_available_bytes
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.network import socket_facts, tree_socket_inodes
 from coordinator.agent.obstacles import obstacles, socket_obstacles
+from coordinator.agent.own_namespace import configured_path, own_namespace
 from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
 from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, LeftoverFacts, WorkloadFacts, WorkloadSpec
 from netfix.address import NetlinkAddressBook
+from netfix.conntrack import NetlinkConnectionTable
 from netfix.errors import NetfixError, NoSuchInterfaceError
 from netfix.gate import find_gates
 from netfix.inventory import findings, other_sockets
@@ -69,6 +71,7 @@ async def describe_host(interface: str, unfinished: tuple[str, ...]) -> HostFact
         taken_pids=tuple(all_ids()),
         tracker=tracker.name,
         tracker_problem="" if tracker.make else tracker.reason,
+        tracks_connections=await _tracks_connections(),
     )
 
 
@@ -136,6 +139,14 @@ async def _firewall(unfinished: tuple[str, ...]) -> tuple[bool, tuple[LeftoverFa
     )
 
 
+async def _tracks_connections() -> bool:
+    table = NetlinkConnectionTable()
+    try:
+        return await table.tracks()
+    finally:
+        table.close()
+
+
 async def _interface(name: str) -> InterfaceFacts | None:
     book = NetlinkAddressBook()
     try:
@@ -175,17 +186,23 @@ async def describe_workload(
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
     if tasks.state != "running" or (workload.runtime == "process" and not addresses):
         state = tasks.state if tasks.state != "running" else "absent"
-        return WorkloadFacts(state=state, **common)  # type: ignore[arg-type]
+        path = configured_path(workload)
+        taken = str(path) if path is not None and path.exists() else ""
+        return WorkloadFacts(state=state, namespace_taken=taken, **common)  # type: ignore[arg-type]
+    own = own_namespace(workload, tasks.root_pid)
+    if own.facts is not None:
+        common["addresses"] = {each: own.facts.interface for each in workload.addresses if each in own.facts.addresses}
     tree = process_tree(tasks.root_pid)
     thread_ids = [thread for pid in tree for thread in threads(pid)]
     inodes = tree_socket_inodes(tasks.root_pid)
     bare = [address.partition("/")[0] for address in workload.addresses]
-    inventory = DiagSocketInventory()
-    try:
-        records = await inventory.sockets()
-        found = findings(records, await other_sockets(), moving=bare, inodes=inodes)
-    finally:
-        inventory.close()
+    with own.entered():
+        inventory = DiagSocketInventory()
+        try:
+            records = await inventory.sockets()
+            found = findings(records, await other_sockets(), moving=bare, inodes=inodes)
+        finally:
+            inventory.close()
     return WorkloadFacts(
         state="running",
         root_pid=tasks.root_pid,
@@ -193,8 +210,10 @@ async def describe_workload(
         memory_bytes=memory_bytes(tree),
         sockets=socket_facts(owned_by(records, inodes)),
         executable=_executable(tasks.root_pid),
+        namespace=own.facts,
         obstacles=(
-            *obstacles(workload, tasks.root_pid, tree, missing_capabilities()),
+            *([own.obstacle] if own.obstacle is not None else []),
+            *obstacles(workload, tree, missing_capabilities()),
             *socket_obstacles(found),
         ),
         **common,  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class Adapters:
     images: ImageSpace
     network: ServiceNetwork
     memory_source: Callable[[MemoryPolicy], MemorySource]
-    memory_destination: Callable[[str], FillingMemory]
+    memory_destination: Callable[[], FillingMemory]
     pace: Callable[[Pace], None]
     wait_gone: Callable[[int, int], Coroutine[Any, Any, bool]]
     start_time: Callable[[int], int | None]

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from coordinator.agent.channel import Channel, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.filling import FillingMemory
 from coordinator.agent.memory.store import PAGE_BYTES
-from coordinator.agent.messages import Divert, GiveUp, ImageChunk, ImagesComplete, RoundEnd, RoundStored, StoredParts
+from coordinator.agent.messages import (
+    ConnectionsTracked,
+    Divert,
+    GiveUp,
+    ImageChunk,
+    ImagesComplete,
+    RoundEnd,
+    RoundStored,
+    StoredParts,
+    TrackedConnections,
+)
 from coordinator.errors import ProtocolError
 
 _PAGES_AT_ONCE = 1024
 
+#: Makes entries of tracked connections.
+Track = Callable[[bytes], Awaitable[None]]
 
-async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemory | None) -> None:
+
+async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track) -> None:
     """Store what the copying source sends, and what a runtime has written before its dump, until ``Divert``."""
     while True:
         message, payload = await link.receive()
@@ -22,6 +36,8 @@ async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemor
             return
         if isinstance(message, ImageChunk):
             images.write(message.name, message.offset, payload)
+        elif isinstance(message, TrackedConnections):
+            await _track(link, track, message, payload)
         elif isinstance(message, RoundEnd):
             if memory is not None:
                 memory.take(message, payload)
@@ -32,7 +48,9 @@ async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemor
             raise ProtocolError(f"the source sent {type(message).__name__} where Divert was due")
 
 
-async def receive_images(link: Channel, images: ImageSpace, memory: FillingMemory | None) -> tuple[bool, int]:
+async def receive_images(
+    link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track
+) -> tuple[bool, int]:
     """Receive the images and the last pages: whether more pages are to be fetched later, and the images' bytes."""
     received = 0
     while True:
@@ -42,6 +60,8 @@ async def receive_images(link: Channel, images: ImageSpace, memory: FillingMemor
         if isinstance(message, ImageChunk):
             images.write(message.name, message.offset, payload)
             received += len(payload)
+        elif isinstance(message, TrackedConnections):
+            await _track(link, track, message, payload)
         elif isinstance(message, StoredParts) and memory is not None:
             await asyncio.to_thread(_write_stored, message, images, memory)
         elif isinstance(message, ImagesComplete):
@@ -52,6 +72,12 @@ async def receive_images(link: Channel, images: ImageSpace, memory: FillingMemor
             raise peer_aborted(message)
         else:
             raise ProtocolError(f"the source sent {type(message).__name__} among the images")
+
+
+async def _track(link: Channel, track: Track, message: TrackedConnections, entries: bytes) -> None:
+    await track(entries)
+    if message.acknowledge:
+        await link.send(ConnectionsTracked())
 
 
 def _write_stored(message: StoredParts, images: ImageSpace, memory: FillingMemory) -> None:

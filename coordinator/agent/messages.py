@@ -34,6 +34,19 @@ class FrozenNow(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedConnections(ChannelMessage):
+    """Source: the payload is entries of the connection table (``netfix.ctnetlink``) for the destination to make.
+    Answered by ``ConnectionsTracked`` if ``acknowledge``."""
+
+    acknowledge: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionsTracked(ChannelMessage):
+    """Destination: all entries that were sent are in the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageChunk(ChannelMessage):
     """Source: the payload is the next part of the image file ``name``; ``offset`` in bytes."""
 
@@ -158,6 +171,8 @@ CHANNEL_MESSAGES: dict[str, type[ChannelMessage]] = {
         Divert,
         Diverted,
         FrozenNow,
+        TrackedConnections,
+        ConnectionsTracked,
         ImageChunk,
         StoredParts,
         ImagesComplete,

@@ -16,7 +16,9 @@ from coordinator.errors import NetworkChangeFailed
 from coordinator.facts import SocketFacts
 from coordinator.protocol import AddressMove
 from netfix.address import AddressBook, AddressRecord
-from netfix.errors import NetfixError
+from netfix.conntrack import ConnectionTable
+from netfix.conntrack_entry import Connection, untracked
+from netfix.errors import NetfixError, NoSuchInterfaceError
 from netfix.frames import FramePort, announce
 from netfix.gate import OPEN, Gate, GateState, holding, releasing
 from netfix.hold import Hold, HoldReport
@@ -25,6 +27,15 @@ from netfix.sockets import SocketInventory, SocketRecord, of_addresses, owned_by
 
 class ServiceNetwork(Protocol):
     """What a half can do to its host's network, for this migration's addresses only."""
+
+    async def check_namespace(self) -> None:
+        """Destination: raise ``NetworkChangeFailed`` if there is something where ``make_namespace`` would make it."""
+
+    async def make_namespace(self) -> None:
+        """Destination: make the workload's own network namespace, if it has one, with its interface down."""
+
+    async def remove_namespace(self) -> None:
+        """Remove the workload's own network namespace, which no task is in any more. Idempotent."""
 
     async def set_gate(self, state: GateState) -> None:
         """Let packets pass or not, and the host answer for the addresses or not, in one atomic change."""
@@ -48,10 +59,10 @@ class ServiceNetwork(Protocol):
         """Throw away what was kept, after an abort: peers send it again to the source. Idempotent."""
 
     async def add_addresses(self) -> None:
-        """Put the addresses on the interface. Idempotent."""
+        """Put the addresses on the interface; the workload's own interface comes up with them. Idempotent."""
 
     async def remove_addresses(self) -> None:
-        """Take the addresses off the interface. Idempotent."""
+        """Take the addresses off the interface; the workload's own interface goes with them. Idempotent."""
 
     async def announce(self, frames: Sequence[bytes]) -> None:
         """Tell the segment that the addresses are here: a burst at once, repeats in the background for a second."""
@@ -62,12 +73,25 @@ class ServiceNetwork(Protocol):
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """The sockets on the addresses or on the wildcard that belong to the process tree below ``root_pid``."""
 
+    async def tracked_connections(self) -> list[Connection]:
+        """What a firewall must know of the connections to and from the addresses: this host's own entries, and entries
+        made up for the sockets that it does not track."""
+
+    async def track_connections(self, connections: Sequence[Connection]) -> None:
+        """Make those entries in this host's connection table."""
+
+    async def forget_connections(self) -> None:
+        """Remove the entries that name the addresses. Those of this host's own connections to the service stay, which
+        go on wherever it is. Idempotent."""
+
     async def close(self) -> None:
         """Let go of netlink and packet sockets; what was changed on the host stays."""
 
 
 class NetfixNetwork:
-    """The real ``ServiceNetwork``, and with netfix's fakes the one for unit tests."""
+    """The real ``ServiceNetwork``, and with netfix's fakes the one for unit tests.
+
+    ``sockets_tracked``: the table is that of the network namespace in which the sockets are."""
 
     def __init__(
         self,
@@ -79,7 +103,9 @@ class NetfixNetwork:
         port: FramePort,
         inventory: SocketInventory,
         hold: Hold,
+        table: ConnectionTable,
         inodes: Callable[[int], set[int]],
+        sockets_tracked: bool = True,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._records = [AddressRecord(move.address, move.prefixlen, interface) for move in moves]
@@ -88,25 +114,36 @@ class NetfixNetwork:
         self._port = port
         self._inventory = inventory
         self._hold = hold
+        self._table = table
         self._inodes = inodes
+        self._sockets_tracked = sockets_tracked
         self._sleep = sleep
         self._repeats: asyncio.Task[None] | None = None
+
+    async def check_namespace(self) -> None:
+        """See ``ServiceNetwork``: none is made."""
+
+    async def make_namespace(self) -> None:
+        """See ``ServiceNetwork``: the host's own is there."""
+
+    async def remove_namespace(self) -> None:
+        """See ``ServiceNetwork``: the host's own stays."""
 
     async def set_gate(self, state: GateState) -> None:
         """See ``ServiceNetwork``. Who answers no more does not announce any more either (I2)."""
         if not state.answering:
             await self._cancel_repeats()
-        with _network_errors():
+        with network_errors():
             await self._gate.set(state)
 
     async def remove_gate(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._gate.remove()
 
     async def open_hold(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._hold.open()
 
     async def hold_arrivals(self) -> None:
@@ -119,29 +156,29 @@ class NetfixNetwork:
 
     async def release_arrivals(self) -> HoldReport:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             return await self._hold.release(lambda: self._gate.set(OPEN))
 
     async def drop_arrivals(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await self._hold.discard()
 
     async def add_addresses(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             for record in self._records:
                 await self._book.add(record)
 
     async def remove_addresses(self) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             for record in self._records:
                 await self._book.remove(record)
 
     async def announce(self, frames: Sequence[bytes]) -> None:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             await announce(self._port, frames, repeats=0)
         await self._cancel_repeats()
         self._repeats = asyncio.create_task(announce(self._port, frames, burst=0, sleep=self._sleep))
@@ -155,15 +192,38 @@ class NetfixNetwork:
 
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """See ``ServiceNetwork``."""
-        with _network_errors():
+        with network_errors():
             records = await self._inventory.sockets()
         addresses = [record.address for record in self._records]
         return socket_facts(of_addresses(owned_by(records, self._inodes(root_pid)), addresses, wildcard=True))
 
+    async def tracked_connections(self) -> list[Connection]:
+        """See ``ServiceNetwork``. The addresses are the workload's alone, and with them all sockets on them."""
+        addresses = [record.address for record in self._records]
+        with network_errors():
+            found = await self._table.connections(addresses)
+            if not self._sockets_tracked:
+                return found
+            return [*found, *untracked(await self._inventory.sockets(), addresses, found)]
+
+    async def track_connections(self, connections: Sequence[Connection]) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            await self._table.create(connections)
+
+    async def forget_connections(self) -> None:
+        """See ``ServiceNetwork``."""
+        addresses = [record.address for record in self._records]
+        with network_errors():
+            own: set[str] = set()
+            with contextlib.suppress(NoSuchInterfaceError):  # the workload's own, and gone
+                own = {record.address for record in await self._book.on_interface(self._records[0].interface)}
+            await self._table.remove(addresses, own - set(addresses))
+
     async def close(self) -> None:
         """See ``ServiceNetwork``."""
         await self._cancel_repeats()
-        for part in (self._hold, self._gate, self._book, self._port, self._inventory):
+        for part in (self._hold, self._gate, self._book, self._port, self._inventory, self._table):
             part.close()
 
     async def _cancel_repeats(self) -> None:
@@ -197,7 +257,7 @@ def tree_socket_inodes(root_pid: int) -> set[int]:
 
 
 @contextlib.contextmanager
-def _network_errors() -> Iterator[None]:
+def network_errors() -> Iterator[None]:
     try:
         yield
     except NetfixError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from coordinator.agent.tasks import PROC
@@ -11,19 +10,13 @@ from netfix import inventory
 
 
 def obstacles(
-    workload: WorkloadSpec, root_pid: int, pids: list[int], missing_capabilities: tuple[str, ...], proc: Path = PROC
+    workload: WorkloadSpec, pids: list[int], missing_capabilities: tuple[str, ...], proc: Path = PROC
 ) -> tuple[Obstacle, ...]:
     """All obstacles of the process tree, each kind once, with the first process that has it."""
     found: dict[str, Obstacle] = {}
     for pid in pids:
         for obstacle in _of_process(workload, pid, missing_capabilities, proc):
             found.setdefault(obstacle.code, obstacle)
-    if _namespace(root_pid, "net", proc) != _namespace(os.getpid(), "net", PROC):
-        found["OWN_NETWORK_NAMESPACE"] = Obstacle(
-            code="OWN_NETWORK_NAMESPACE",
-            message="the workload has a network namespace of its own, which cannot be moved yet",
-            hint="Run the container in the host's network namespace (no network namespace in config.json).",
-        )
     return tuple(found.values())
 
 
@@ -99,10 +92,3 @@ def _descriptors(pid: int, proc: Path) -> list[tuple[int, str]]:
         return [(int(entry.name), str(entry.readlink())) for entry in (proc / str(pid) / "fd").iterdir()]
     except OSError:
         return []  # it ended, or closed a descriptor, while we looked: the next check sees what is there then
-
-
-def _namespace(pid: int, name: str, proc: Path) -> int:
-    try:
-        return (proc / str(pid) / "ns" / name).stat().st_ino
-    except FileNotFoundError:
-        return 0

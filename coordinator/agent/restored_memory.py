@@ -29,8 +29,8 @@ class HalfWithMemory(Half):
 
     async def _prepare_memory(self) -> None:
         if self.plan.memory.mode != "stop-copy":
-            self._memory = self.adapters.memory_destination(self.plan.destination_criu)
-            pid = await self._memory.start_guard(self.images.work)
+            self._memory = self.adapters.memory_destination()
+            pid = await self._memory.start(self.images.work)
             self.deeds.record("memory", durable=False, pid=pid, started=self.adapters.start_time(pid) or 0)
 
     def _linger(self) -> None:

@@ -32,6 +32,7 @@ from coordinator.agent.messages import (
     StoredParts,
 )
 from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.tracking import TrackedSource
 from coordinator.errors import (
     ChannelFailed,
     FrozenTooLong,
@@ -63,6 +64,11 @@ class SourceHalf(Half):
     def memory(self) -> MemorySource:
         """How memory gets to the destination."""
         return self.adapters.memory_source(self.plan.memory)
+
+    @cached_property
+    def tracked(self) -> TrackedSource:
+        """How firewalls on the destination learn of the connections."""
+        return TrackedSource(self.network, wanted=self.plan.track_connections)
 
     def undoers(self) -> dict[str, Undoer]:
         """See ``Half``."""
@@ -107,9 +113,11 @@ class SourceHalf(Half):
     async def _until_staged(self) -> None:
         await self._copy()
         dump = await self._load_criu()
+        await self.tracked.send_all(self._link())
         await self._divert()
         await self._freeze(dump)
         async with _freeze_deadline(self.plan.deadlines.freeze_s):
+            await self.tracked.send_rest(self._link())
             await dump.dumped()
             self.enter(Phase.DUMPED)
             await self.memory.last(self._root_pid, self._link())
@@ -167,7 +175,7 @@ class SourceHalf(Half):
         await self.network.set_gate(CLOSED)
         self._frozen_at = self.clock()
         self.enter(Phase.FROZEN)
-        dump.freeze()
+        dump.freeze(self._root_pid)
         await self._link().send(FrozenNow())
 
     async def _send_images(self) -> None:
@@ -232,7 +240,10 @@ class SourceHalf(Half):
         FIN and RST into live connections (I2)."""
         await self._close_memory()
         try:
-            for step in (self._end_dump, self.runtime.forget, self.network.remove_addresses):
+            network = self.network
+            steps = [self._end_dump, self.runtime.forget, network.remove_addresses, network.forget_connections]
+            steps += [network.remove_namespace] if self.plan.namespace else []
+            for step in steps:
                 await step()
         except (LivemoveError, OSError, TimeoutError) as error:
             # The gate stays closed: behind it nothing that is left can harm a connection.

@@ -8,7 +8,6 @@ made, moved and taken away with the system calls themselves, because Python's ow
 from __future__ import annotations
 
 import ctypes
-import errno
 import hashlib
 import itertools
 import mmap
@@ -208,7 +207,8 @@ class Changing:
             region.write(page, serials)
 
     def _grow(self, region: Region, serials: Serials) -> None:
-        if self.pages + region.pages // 2 <= self._most_pages and self._remap(region, region.pages * 3 // 2):
+        if self.pages + region.pages // 2 <= self._most_pages:
+            self._remap(region, region.pages * 3 // 2)
             region.write(region.pages - 1, serials)
 
     def _shrink(self, region: Region, _: Serials) -> None:
@@ -219,24 +219,13 @@ class Changing:
     def _move(self, region: Region, _: Serials) -> None:
         self._remap(region, region.pages, target=fresh_mapping(region.pages))
 
-    def _remap(self, region: Region, pages: int, target: int | None = None) -> bool:
-        """Resize, and move if there is a target. ``False`` if the kernel refuses, and the region is forgotten.
-
-        It does (EFAULT) while memory is filled in, if part of the mapping was given back meanwhile: CRIU's daemon stops
-        watching that part, which splits the mapping until the daemon ends (criu/uffd.c, handle_remove). Since Linux
-        6.17 a part of it may have been moved by then (mm/mremap.c, remap_move)."""
+    def _remap(self, region: Region, pages: int, target: int | None = None) -> None:
+        """Resize, and move if there is a target."""
         before = region.pages * PAGE_BYTES
         flags = MAYMOVE if target is None else MAYMOVE | FIXED
         moved = _libc.mremap(region.address, before, pages * PAGE_BYTES, flags, target)
-        if moved == _FAILED and ctypes.get_errno() == errno.EFAULT:
-            _libc.munmap(region.address, before)
-            if target is not None:
-                _libc.munmap(target, before)
-            self._forget(region)
-            return False
         region.address = _succeeded(moved)
         region.resize(pages)
-        return True
 
     def _give_back(self, region: Region, _: Serials) -> None:
         pages = max(region.pages // 4, 1)

@@ -152,9 +152,10 @@ class Family:
 
 
 def live_briefly(memory: Memory) -> int:
-    """What a child does: looks at some of its copy, writes, waits, looks again. Not at all of it: while memory is
-    filled in, children that touch much, one after the other, keep CRIU's daemon from ever filling in their parent."""
+    """What a child does: looks at its copy, writes, waits, looks again."""
     before = memory.wrong
+    for region in memory.own:
+        region.check_all()
     serials = Serials(WORKERS + 1)
     sample = [(region, memory.choose(region)) for region in memory.own for _ in range(MAYFLY_PAGES)]
     for region, page in sample:

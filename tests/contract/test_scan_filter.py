@@ -190,6 +190,7 @@ async def test_who_never_comes_to_its_pages_is_not_waited_for(target: Target, tm
     assert not answering.wait(0.01)
     answering.close()
     answering.close()
+    assert answering.wait(10)
 
 
 async def test_others_that_open_the_image_are_let_in(target: Target, tmp_path: Path) -> None:
@@ -198,6 +199,7 @@ async def test_others_that_open_the_image_are_let_in(target: Target, tmp_path: P
     answering.arm(target.pid)
     assert (tmp_path / hidden.root_image).read_bytes() == b""
     answering.close()
+    assert answering.wait(10)
     assert status_field(os.getpid(), "Seccomp") == "0"
 
 

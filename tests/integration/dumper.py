@@ -125,7 +125,7 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
         await running.ready()
         await gate.set(CLOSED)  # or CRIU meets queues that grow while it reads them
         began = time.monotonic()
-        running.freeze()
+        running.freeze(tasks.root_pid)
         await running.dumped()
         frozen_ms = (time.monotonic() - began) * 1000
         secret = hidden.hidden if hidden is not None else {}

@@ -56,8 +56,7 @@ done
 exit 1
 """
 
-#: Stops CRIU's daemon when the tasks have begun to run. Not before: it waits for that, and being stopped interrupts its
-#: epoll_wait(2), which it takes for a failure (signal(7), "Interruption of system calls by stop signals").
+#: Stops the filler when the tasks have begun to run.
 _STOP_FILLING = """\
 import glob, os, signal, sys, time
 JOURNALS = "/var/lib/livemove/*/destination.jsonl"
@@ -73,10 +72,10 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         words = open(f"/proc/{pid}/cmdline").read().split("\\0")
     except OSError:
         continue
-    if words[:2] == ["criu", "lazy-pages"]:
+    if words[2:4] == ["-S", "-c"] and "memory.filler" in words[4]:
         os.kill(int(pid), signal.SIGSTOP)
         sys.exit(print(pid))
-sys.exit("there is no daemon")
+sys.exit("there is no filler")
 """
 
 #: Traces a process, as a debugger does, until it is killed.
@@ -212,8 +211,8 @@ def signal_agent(host: Host, name: str) -> None:
 
 @contextmanager
 def filling_stopped(host: Host) -> Iterator[Callable[[Livemove], int]]:
-    """Of the next move to this host: stop CRIU's daemon while it fills in memory in the background. Yields a
-    function that waits for that moment and returns the daemon's pid."""
+    """Of the next move to this host: stop the filler while it fills in memory in the background. Yields a
+    function that waits for that moment and returns the filler's pid."""
     watcher = host.popen(["python3", "-I", "-c", _STOP_FILLING], stdout=subprocess.PIPE, text=True)
     assert watcher.stdout is not None
     assert watcher.stdout.readline() == "waiting\n"

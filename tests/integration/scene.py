@@ -6,11 +6,12 @@ Does everybody still have what they had? Is anything left where nothing should b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from labs import config, workloads
 from labs.clients.control import Clients
 from labs.lab import Lab
+from labs.segment import BRIDGE, BRIDGE_PORT
 from labs.topology import HOSTS, INTERFACE
 from labs.workloads import PORT, Workload
 from tests.integration.faults import until
@@ -23,6 +24,7 @@ LOOK = f"""\
 nft list tables | sed 's/^/nft: /'
 find /run/livemove /run/livemove-selftest-* 2>/dev/null | sed 's/^/file: /'
 ls /run/netns 2>/dev/null | sed 's/^/netns: /'
+ls /sys/class/net | grep -vE '^(lo|{INTERFACE}|{BRIDGE}|{BRIDGE_PORT})$' | sed 's/^/interface: /'
 awk '$5 ~ "^/run/livemove" {{ print "mount: " $5 }}' /proc/self/mountinfo
 for file in /proc/[0-9]*/cmdline; do
     tr '\\0\\n' '  ' <"$file" 2>/dev/null | grep -E 'coordinator[.]agent|criu |runc (restore|checkpoint)' \\
@@ -53,10 +55,11 @@ class Scene:
         memory_mb: int = 0,
         dirty_mb_s: float = 0.0,
         program: str = "pattern_server",
+        network: Literal["host", "veth", "macvlan"] = "host",
     ) -> Scene:
         """Start a workload of the lab's configuration, with 20 connections in all, spread over its addresses."""
         known = Workload.of_lab(lab, name, memory_mb=memory_mb, dirty_mb_s=dirty_mb_s)
-        workload = replace(known, program=program)
+        workload = replace(known, program=program, network=network)
         workloads.stop(lab, workload)
         workloads.install(lab, workload)
         workloads.start(lab, workload, host)
@@ -116,7 +119,8 @@ def left_over(lab: Lab, workload: config.Workload, host: str) -> list[str]:
     for station in HOSTS:
         allowed = {f"address: {station.address}/24", f"address: {station.address6}/64"}
         if station.name == host:
-            allowed |= {f"address: {address}" for address in workload.addresses}
+            allowed |= {f"address: {address}" for address in workload.addresses if not workload.netns}
+            allowed |= {f"netns: {workload.netns}", f"interface: v-{workload.netns}"}
         lines = lab.host(station.name).run(["sh"], input=LOOK).stdout.splitlines()
         found += [f"{station.name}: {line}" for line in lines if line not in allowed and "address: fe80" not in line]
     return found

@@ -146,20 +146,20 @@ def test_the_destination_agent_is_killed_in_a_round(lab: Lab) -> None:
 
 @contextmanager
 def filling(lab: Lab, mode: str) -> Iterator[tuple[Scene, Livemove, int]]:
-    """A service whose memory is being filled in on beta: the daemon stands still. Yields its pid too."""
+    """A service whose memory is being filled in on beta: the filler stands still. Yields its pid too."""
     with (
         scene_of(lab, "counter", 256, 1) as scene,
         filling_stopped(lab.host("beta")) as stopped,
         Livemove(lab, "migrate", "counter", "--to", "beta", "--mode", mode, "--json") as command,
     ):
         scene.begin_hop()
-        daemon = stopped(command)
+        filler = stopped(command)
         assert last_phase(lab.host("beta"), "destination") == "RESUMED"
-        yield scene, command, daemon
+        yield scene, command, filler
 
 
-def go_on(lab: Lab, daemon: int) -> None:
-    lab.host("beta").run(["kill", "-CONT", str(daemon)])
+def go_on(lab: Lab, filler: int) -> None:
+    lab.host("beta").run(["kill", "-CONT", str(filler)])
 
 
 def check_lost(lab: Lab, said: Said, scene: Scene) -> None:
@@ -178,40 +178,51 @@ def check_lost(lab: Lab, said: Said, scene: Scene) -> None:
     until(lambda: left_over(lab, scene.workload, "beta") == [], lambda: left_over(lab, scene.workload, "beta"))
 
 
-def test_the_daemon_is_killed_while_memory_is_filled_in(lab: Lab) -> None:
-    with filling(lab, "pre-copy") as (scene, command, daemon):
-        lab.host("beta").run(["kill", "-KILL", str(daemon)])
+def test_the_filler_is_killed_while_memory_is_filled_in(lab: Lab) -> None:
+    with filling(lab, "pre-copy") as (scene, command, filler):
+        lab.host("beta").run(["kill", "-KILL", str(filler)])
         check_lost(lab, command.finish(), scene)
 
 
 def test_the_destination_agent_is_killed_while_memory_is_filled_in(lab: Lab) -> None:
-    with filling(lab, "pre-copy") as (scene, command, _):
+    """All pages are there: filler and guard do without the agent."""
+    with filling(lab, "pre-copy") as (scene, command, filler):
+        kill_agent(lab.host("beta"))
+        go_on(lab, filler)
+        said = command.finish()
+        assert (said.status, said.report["outcome"]) == (0, "moved"), said.stderr
+        remembers_everything(scene, "beta")
+        until(lambda: left_over(lab, scene.workload, "beta") == [], lambda: left_over(lab, scene.workload, "beta"))
+
+
+def test_the_destination_agent_is_killed_while_it_fetches_pages(lab: Lab) -> None:
+    with filling(lab, "post-copy") as (scene, command, _):
         kill_agent(lab.host("beta"))
         check_lost(lab, command.finish(), scene)
 
 
 def test_the_source_agent_is_killed_while_the_destination_has_all_pages(lab: Lab) -> None:
-    with filling(lab, "pre-copy") as (scene, command, daemon):
+    with filling(lab, "pre-copy") as (scene, command, filler):
         kill_agent(lab.host("alpha"))
-        go_on(lab, daemon)
+        go_on(lab, filler)
         said = command.finish()
         assert (said.status, said.report["outcome"]) == (0, "moved"), said.stderr
         remembers_everything(scene, "beta")
 
 
 def test_the_source_agent_is_killed_while_it_still_has_pages(lab: Lab) -> None:
-    with filling(lab, "post-copy") as (scene, command, daemon):
+    with filling(lab, "post-copy") as (scene, command, filler):
         kill_agent(lab.host("alpha"))
-        go_on(lab, daemon)
+        go_on(lab, filler)
         check_lost(lab, command.finish(), scene)
 
 
 def test_sessions_and_coordinator_go_while_memory_is_filled_in(lab: Lab) -> None:
-    with filling(lab, "pre-copy") as (scene, command, daemon):
+    with filling(lab, "pre-copy") as (scene, command, filler):
         drop_session(lab.host("beta"))
         command.signal(SIGKILL)
         assert command.finish().status == -SIGKILL
-        go_on(lab, daemon)
+        go_on(lab, filler)
         until(lambda: last_phase(lab.host("beta"), "destination") == "RELEASED", "the end of the move")
         until(lambda: not agents(lab.host("beta")), "the end of the agent on beta")
         remembers_everything(scene, "beta")

@@ -39,11 +39,22 @@ PURE_STANDARD = frozenset(
 )
 PURE_OURS = frozenset(
     f"coordinator.{name}"
-    for name in ("config", "errors", "facts", "findings", "plan", "preflight", "protocol", "journal")
+    for name in (
+        "config",
+        "errors",
+        "facts",
+        "findings",
+        "plan",
+        "preflight",
+        "preflight_namespace",
+        "protocol",
+        "journal",
+    )
 )
 PURE = (
     "coordinator/plan.py",
     "coordinator/preflight.py",
+    "coordinator/preflight_namespace.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

@@ -166,7 +166,7 @@ class FakeDump(_Handle):
         """See ``Dump``."""
         await self.stands_at(PRE_DUMP)
 
-    def freeze(self) -> None:
+    def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
         self.run.proceed = True
         self.run.unlock(PRE_DUMP)

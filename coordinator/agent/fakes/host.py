@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from coordinator.events import EventSink
 from coordinator.journal import Journal
 from coordinator.protocol import Credentials, MemoryPolicy, MigrationPlan
 from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord
+from netfix.conntrack import FakeConnectionTable
+from netfix.conntrack_entry import Connection
 from netfix.errors import KernelRefusedError
 from netfix.frames import FakeFramePort
 from netfix.gate import FakeGate, GateState, state_name
@@ -240,6 +242,28 @@ class _StepwiseHold:
         self._told = len(self._hold.delivered)
 
 
+class _StepwiseTable(FakeConnectionTable):
+    """netfix's fake connection table, likewise."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__(life.machine.tracked)
+        self._life = life
+
+    async def connections(self, addresses: Collection[str]) -> list[Connection]:
+        await self._life.verb("connections read", KernelRefusedError("no table"))
+        return await super().connections(addresses)
+
+    async def create(self, connections: Sequence[Connection]) -> None:
+        await self._life.verb("connections created", KernelRefusedError("the table is full"))
+        await super().create(connections)
+        await self._life.done("connections created")
+
+    async def remove(self, addresses: Collection[str], spare: Collection[str] = ()) -> None:
+        await self._life.verb("connections removed", KernelRefusedError("no table"))
+        await super().remove(addresses, spare)
+        await self._life.done("connections removed")
+
+
 class _StepwisePort(FakeFramePort):
     """netfix's fake port, likewise."""
 
@@ -282,6 +306,7 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         port=_StepwisePort(life),
         inventory=_StepwiseInventory(life, addresses[0]),
         hold=_StepwiseHold(life),
+        table=_StepwiseTable(life),
         inodes=lambda _: {_INODE},
         sleep=life.sleep,
     )
@@ -301,7 +326,7 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         images=FakeImageSpace(life),
         network=network,
         memory_source=lambda policy: fake_memory_source(life, policy),
-        memory_destination=lambda _: FakeFilling(life),
+        memory_destination=lambda: FakeFilling(life),
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,

@@ -1,7 +1,7 @@
-"""Memory in memory: trackers and page reading on the source, the store, CRIU's daemon and the guard on the destination.
+"""Memory in memory: trackers and page reading on the source, the store, filler and guard on the destination.
 
-Daemon and guard are processes of their own, which outlive the agent: the daemon dies when nobody serves its pages, the
-guard kills the tasks it watches when the agent's pipe ends without ``done`` (see ``memory/guard.py``).
+Filler and guard are processes of their own, which outlive the agent: the filler dies when somebody has to bring pages
+and nobody does, the guard kills the tasks it watches when the filler has failed (see ``memory/guard.py``).
 """
 
 from __future__ import annotations
@@ -95,22 +95,29 @@ def fake_read(life: Life, pid: int, wanted: Iterable[PageRun]) -> Iterator[PageD
 
 
 class _Guard:
-    """The guard's process: ends when the pipe does."""
+    """The guard's process: ends when the agent says so, or, without an agent, when the filler does."""
 
     def __init__(self, life: Life) -> None:
         self.machine, self._world = life.machine, life.world
         self._end: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.watching = False
+        self._orphaned = False
+        self.watching: _Filler | None = None
         self.exit = life.world.spawn(life.machine, self._run())
-        life.at_death.append(lambda: self.close(done=False))
+        life.at_death.append(self._agent_died)
 
     def close(self, *, done: bool) -> None:
-        """The agent's end of the pipe is closed, after ``done`` or not."""
+        """The agent says ``done``, or ``end``."""
         if not self._end.done():
             self._end.set_result(done)
 
+    def _agent_died(self) -> None:
+        self._orphaned = self.watching is not None and self.watching.alone
+        self.close(done=False)
+
     async def _run(self) -> int:
         done = await self._end
+        if self._orphaned and self.watching is not None:
+            done = await asyncio.shield(self.watching.exit) == 0
         self.machine.keepers.discard("guard")
         if done or not self.watching:
             return 0
@@ -120,8 +127,9 @@ class _Guard:
         return 1
 
 
-class _Daemon:
-    """CRIU's daemon: brings missing pages in, one by one, until there are none. Dies if the agent does not answer."""
+class _Filler:
+    """The filler: brings missing pages in, one by one, until there are none. Dies if the agent has to answer and does
+    not."""
 
     def __init__(self, life: Life, answer: Callable[[Page], asyncio.Future[bytes]]) -> None:
         self._world, self._machine = life.world, life.machine
@@ -129,8 +137,10 @@ class _Daemon:
         self._connected, self._hung_up = asyncio.Event(), asyncio.Event()
         self._machine.daemon = self.fault
         self._dead = False
+        #: Whether it needs the agent no more.
+        self.alone = False
         self.exit = life.world.spawn(life.machine, self._run())
-        life.at_death.append(self.hang_up)
+        life.at_death.append(lambda: None if self.alone else self.hang_up())
 
     def hang_up(self) -> None:
         """Nobody is at the other end of the socket."""
@@ -184,7 +194,7 @@ class FakeFilling:
         self._store: dict[Page, bytes] = {}
         self._fetch: Fetch | None = None
         self._guard: _Guard | None = None
-        self._daemon: _Daemon | None = None
+        self._filler: _Filler | None = None
 
     def take(self, message: ChannelMessage, payload: bytes) -> bool:
         """See ``FillingMemory``."""
@@ -212,24 +222,26 @@ class FakeFilling:
         """See ``FillingMemory``."""
         return b"".join(self._store[pid, address + number * PAGE_BYTES] for number in range(count))
 
-    async def start_guard(self, work: Path) -> int:
+    async def start(self, work: Path) -> int:
         """See ``FillingMemory``."""
         await self._life.verb("guard starts", CommandFailed("the guard does not start"))
         self._guard = _Guard(self._life)
         await self._life.checkpoint()
         return next(pid for pid, task in self._machine.helpers.items() if task is self._guard.exit)
 
-    async def start_daemon(self, images: Path, work: Path, fetch: Fetch | None) -> None:
+    async def serve(self, images: Path, fetch: Fetch | None) -> None:
         """See ``FillingMemory``."""
         await self._life.verb("daemon starts", RestoreFailed("the daemon does not come up"))
         self._fetch = fetch
-        self._daemon = _Daemon(self._life, self._answer)
+        self._filler = _Filler(self._life, self._answer)
         await self._life.checkpoint()
 
     async def watch(self, root_pid: int) -> None:
         """See ``FillingMemory``."""
         assert self._guard is not None
-        self._guard.watching = True
+        assert self._filler is not None
+        self._guard.watching = self._filler
+        self._filler.alone = self._fetch is None
         await self._life.verb("guard watches", RestoreFailed("the guard does not watch"))
         if "daemon" not in self._machine.keepers:
             raise RestoreFailed("the daemon has ended")
@@ -238,9 +250,9 @@ class FakeFilling:
 
     async def filled(self) -> None:
         """See ``FillingMemory``."""
-        assert self._daemon is not None
+        assert self._filler is not None
         await self._life.checkpoint()
-        if await asyncio.shield(self._daemon.exit) != 0:
+        if await asyncio.shield(self._filler.exit) != 0:
             await self._dismiss_guard(done=False)
             raise MemoryLost("the service was killed, its memory could not be filled in")
         await self._life.checkpoint()
@@ -249,9 +261,9 @@ class FakeFilling:
     async def close(self) -> None:
         """See ``FillingMemory``."""
         await self._dismiss_guard(done=False)
-        if self._daemon is not None:
-            self._daemon.hang_up()
-            await asyncio.shield(self._daemon.exit)
+        if self._filler is not None:
+            self._filler.hang_up()
+            await asyncio.shield(self._filler.exit)
         self._store.clear()
 
     async def _dismiss_guard(self, *, done: bool) -> None:
@@ -261,7 +273,7 @@ class FakeFilling:
         await self._life.checkpoint()
 
     def _answer(self, page: Page) -> asyncio.Future[bytes]:
-        """What the page server answers to the daemon."""
+        """What the agent answers to the filler."""
         return asyncio.ensure_future(self._page(page))
 
     async def _page(self, page: Page) -> bytes:
@@ -270,4 +282,4 @@ class FakeFilling:
         try:
             return await self._fetch(page[0], page[1], 1)
         except AgentKilled as killed:
-            raise MemoryLost("the page server is dead") from killed
+            raise MemoryLost("nobody brings pages") from killed

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from coordinator.agent.fakes.workload import Page, Workload
 from coordinator.protocol import MigrationPlan
 from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord
+from netfix.conntrack_entry import CONFIRMED, ESTABLISHED, SEEN_REPLY, TCP, Connection, Flow, TcpInfo
 from netfix.frames import FakeFramePort
 from netfix.gate import GateState
 from netfix.hold import FakeHold
@@ -23,6 +24,11 @@ from netfix.hold_buffer import OTHER, HeldPacket
 
 #: ``held``: restored, and has never run. Frozen and held copies have their sockets, an absent one has none.
 Copy = Literal["absent", "running", "frozen", "held"]
+
+
+#: The connection of the service that the source's firewall knows.
+_INWARD = Flow("192.0.2.99", 50000, "192.0.2.200", 7000)
+CONNECTION = Connection(TCP, _INWARD, _INWARD.reversed, SEEN_REPLY | CONFIRMED, 1000, tcp=TcpInfo(ESTABLISHED))
 
 
 def decision(journal: Path) -> bool | None:
@@ -46,13 +52,14 @@ class Machine:
     memory: dict[Page, bytes] = field(default_factory=dict)
     missing: set[Page] = field(default_factory=set)  # a task that touches one of them waits
     keepers: set[str] = field(default_factory=set)  # who has a userfaultfd: without any, missing pages read as zero
-    daemon: Callable[[Page], Awaitable[bool]] | None = None  # has CRIU's daemon bring in a page
+    daemon: Callable[[Page], Awaitable[bool]] | None = None  # has the filler bring in a page
     trackers: int = 0
     registered: bool = False  # the runtime knows the workload
     gates: dict[str, GateState] = field(default_factory=dict)
     files: dict[str, bytes] | None = None  # the image space
     commands: dict[int, asyncio.Task[int]] = field(default_factory=dict)
-    helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # CRIU's daemon and the guard
+    helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # filler and guard
+    tracked: dict[object, Connection] = field(default_factory=dict)  # the connection table
     holds: list[FakeHold] = field(default_factory=list)  # that a living agent has open
 
     def __post_init__(self) -> None:
@@ -91,6 +98,7 @@ class Machine:
         if self.copy == "absent":
             found += ["address"] if self.book.records else []
             found += ["an entry of the runtime"] if self.registered else []
+            found += ["a tracked connection"] if self.tracked else []
         return found
 
 
@@ -105,6 +113,7 @@ class World:
         for move in plan.addresses:
             self.source.book.records.append(AddressRecord(move.address, move.prefixlen, plan.source.interface))
         self.workload = Workload()
+        self.source.tracked[CONNECTION.key] = CONNECTION
         self.source.copy, self.source.memory, self.source.registered = "running", self.workload.memory, True
         #: The memory as it was frozen, which is what has to run on the other side.
         self.frozen: dict[Page, bytes] = {}
@@ -173,6 +182,8 @@ class World:
     def deliver(self, machine: Machine, number: int) -> None:
         """A packet reaches the service's socket on a machine."""
         self._check(f"I4: packet {number} comes to a {machine.copy} copy on {machine.name}", machine.copy == "running")
+        known = CONNECTION.key in machine.tracked or not self.plan.track_connections
+        self._check(f"I4: packet {number} is unknown to the firewall of {machine.name}", known)
         self._check(f"I4: packet {number} is delivered twice", number not in self.delivered)
         self.delivered.append(number)
 

@@ -67,7 +67,7 @@ class Mapping:
 
     @property
     def lazy(self) -> bool:
-        """Whether CRIU leaves the pages of this mapping to its lazy-pages daemon (criu/include/vma.h,
+        """Whether CRIU leaves the pages of this mapping to a filler (criu/include/vma.h,
         vma_entry_can_be_lazy): private anonymous memory, neither locked nor of huge pages.
 
         The stack is lazy too: criu/mem.c, is_stack, compares only offsets within a page, so that one thread whose stack

@@ -1,7 +1,7 @@
 """The source's side of memory: pre-copy rounds while the service runs, the last pages while it is frozen, and, in
 post-copy, pages on demand from the frozen tasks until the destination has them all.
 
-Sent are the pages that CRIU leaves to its lazy-pages daemon, private anonymous memory, and anonymous shared memory (see
+Sent are the pages that CRIU leaves to a filler, private anonymous memory, and anonymous shared memory (see
 ``shared.py``). CRIU's images have the rest.
 """
 

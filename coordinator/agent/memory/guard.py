@@ -1,19 +1,19 @@
 """The guard: a small process that stands between a service whose memory is still being filled in, and wrong memory.
 
 When the last descriptor of a userfaultfd is closed, the kernel answers every further fault with a page of zeroes
-(Documentation/admin-guide/mm/userfaultfd.rst). So if CRIU's daemon or our agent died before all pages are in the tasks,
-the service would go on, silently, with zeroes in its memory. The guard therefore traces the daemon: the kernel stops a
+(Documentation/admin-guide/mm/userfaultfd.rst). So if the filler (``filler.py``) died before all pages are in the tasks,
+the service would go on, silently, with zeroes in its memory. The guard therefore traces the filler: the kernel stops a
 traced process at the beginning of its end, whatever ends it, with its descriptors still open (ptrace(2),
 PTRACE_EVENT_EXIT), and does not go on with it before the guard has killed the tasks.
 
-It keeps no descriptor of the userfaultfds: the daemon closes those of a process that has everything, to release it, and
-relies on being the only one that has them. With another one open, that process would wait for ever for its next new
-page, and the daemon's epoll would go on naming a connection that it has freed (criu/uffd.c, lpi_fini).
+It keeps no descriptor of the userfaultfds: with one open that nobody reads, a service that forks would wait for ever.
 
 It is started before the freeze, runs in a session of its own with the standard library alone, and reads lines from a
-socket of the agent's: ``watch DAEMON_PID ROOT_PID``, answered by ``watching`` when it traces, and at the end ``done``.
-End of file without ``done`` means that the agent is gone. A daemon that is gone already when it is to be watched ends
-it the same way. Its own death harms nothing as long as the others live.
+socket of the agent's: ``watch FILLER_PID ROOT_PID NEEDS_AGENT``, answered by ``watching`` when it traces, and at the
+end ``done``, or ``end`` to have the tasks killed. End of file without either means that the agent is gone: while pages
+are fetched from the source (NEEDS_AGENT is 1) that is the end of the tasks, else the guard stays until the filler has
+done its work. A filler that is gone already when it is to be watched ends it at once. The guard's own death harms
+nothing as long as the filler lives.
 """
 
 from __future__ import annotations
@@ -66,17 +66,22 @@ def kill(pids: list[int]) -> None:
             continue
 
 
-class Daemon:
-    """CRIU's daemon, traced, and the root of the tasks that it fills."""
+class Filler:
+    """The filler, traced, and the root of the tasks that it fills."""
 
     def __init__(self, pid: int, root_pid: int) -> None:
-        """Raises ``OSError`` if the daemon is gone."""
+        """Raises ``OSError`` if the filler is gone."""
         self._pid = pid
         self._root_pid = root_pid
+        self._root = os.pidfd_open(root_pid)  # a pid may come to be another process's
+        self.failed = False
         _ptrace(_SEIZE, pid, _OPTION_TRACE_EXIT)
 
     def kill_tasks(self, why: str) -> None:
         """Better down than wrong."""
+        self.failed = True
+        if select.select([self._root], [], [], 0)[0]:
+            return  # it has ended
         kill(tree(self._root_pid))
         print(f"killed {self._root_pid}: its memory could not be filled in ({why})", flush=True)  # noqa: T201 - its log
 
@@ -84,23 +89,24 @@ class Daemon:
         """With nobody to ask for pages, and nobody to give them to, it is of no use any more."""
         kill([self._pid])
 
-    def attend(self) -> None:
-        """Let the daemon go on from whatever it has been stopped for."""
+    def attend(self) -> bool:
+        """Let the filler go on from whatever it has been stopped for; ``False`` when it has ended."""
         try:
             while True:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
                 if not pid:
-                    return
-                if os.WIFSTOPPED(status):
-                    self._go_on(os.WSTOPSIG(status), status >> 16)
+                    return True
+                if not os.WIFSTOPPED(status):
+                    return False
+                self._go_on(os.WSTOPSIG(status), status >> 16)
         except (ChildProcessError, ProcessLookupError):
-            return  # it has ended, and we have seen it end
+            return False  # and we have seen it end
 
     def _go_on(self, number: int, event: int) -> None:
         if event == _EVENT_EXIT:
             status = ctypes.c_ulong()
             if _libc.ptrace(_GETEVENTMSG, self._pid, None, ctypes.byref(status)) < 0 or status.value != 0:
-                self.kill_tasks(f"CRIU's daemon ended with wait status {status.value:#x}")
+                self.kill_tasks(f"the filler ended with wait status {status.value:#x}")
             _ptrace(_CONT, self._pid)
         elif event == _EVENT_STOP:
             _ptrace(_LISTEN if number in _STOPPING else _CONT, self._pid)
@@ -109,20 +115,20 @@ class Daemon:
 
 
 def follow(agent: socket.socket) -> int:
-    """Follow the lines of the agent, and the daemon; the exit status says whether the tasks had to be killed."""
+    """Follow the lines of the agent, and the filler; the exit status says whether the tasks had to be killed."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     os.set_blocking(reading, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    daemon: Daemon | None = None
-    pending = b""
+    filler: Filler | None = None
+    needs_agent, pending = True, b""
     while True:
-        ready, _, _ = select.select([agent.fileno(), reading], [], [])
+        ready, _, _ = select.select([reading, *([agent.fileno()] if agent.fileno() >= 0 else [])], [], [])
         if reading in ready:
             os.read(reading, 4096)
-            if daemon is not None:
-                daemon.attend()
+            if filler is not None and not filler.attend() and agent.fileno() < 0:
+                return int(filler.failed)
         if agent.fileno() not in ready:
             continue
         received = agent.recv(4096)
@@ -131,24 +137,31 @@ def follow(agent: socket.socket) -> int:
             word, *numbers = line.split()
             if word == b"done":
                 return 0
-            daemon = Daemon(int(numbers[0]), int(numbers[1]))
+            if word == b"end":
+                return _end(filler, "it was given up")
+            filler = Filler(int(numbers[0]), int(numbers[1]))
+            needs_agent = numbers[2] == b"1"
             agent.sendall(b"watching\n")
         if not received:
-            if daemon is not None:
-                daemon.kill_tasks("the agent ended")
-                daemon.kill()
-            return 1
+            if filler is None or needs_agent:
+                return _end(filler, "the agent ended")
+            agent.close()
+            if not filler.attend():
+                return int(filler.failed)
 
 
-def main(descriptor: int) -> int:
+def _end(filler: Filler | None, why: str) -> int:
+    if filler is not None:
+        filler.kill_tasks(why)
+        filler.kill()
+    return 1
+
+
+def main() -> int:
     """See ``follow``."""
-    with socket.socket(fileno=descriptor) as agent:
+    with socket.socket(fileno=int(sys.argv[1])) as agent:
         try:
             return follow(agent)
-        except OSError as error:  # the daemon was gone when it was to be watched; or the agent, while it was answered
+        except OSError as error:  # the filler was gone when it was to be watched; or the agent, while it was answered
             print(f"cannot watch: {error}", flush=True)  # noqa: T201 - its log
             return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

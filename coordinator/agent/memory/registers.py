@@ -16,6 +16,8 @@ from typing import Protocol
 EINTR = 4
 #: Kernel-internal: start the call again unless a signal handler ran, then EINTR (include/linux/errno.h).
 ERESTARTNOHAND = 514
+#: Kernel-internal: go on with what is left of the sleep.
+ERESTART_RESTARTBLOCK = 516
 
 _MASK = (1 << 64) - 1
 
@@ -66,6 +68,11 @@ class Machine(Protocol):
 
     def resumable(self, registers: bytes) -> bytes:
         """The registers to put back at the end: as found, but a call that our stop ended with EINTR begins again."""
+        ...
+
+    def end_sleep(self, registers: bytes) -> bytes | None:
+        """Registers with which a sleep (nanosleep, clock_nanosleep) that our stop has interrupted returns EINTR, rather
+        than go on; ``None`` if the thread was stopped elsewhere."""
         ...
 
 
@@ -122,6 +129,16 @@ class X86Machine:
             words[self._RAX] = -ERESTARTNOHAND & _MASK
         return struct.pack("<27Q", *words)
 
+    _SLEEPS = frozenset((35, 230))
+
+    def end_sleep(self, registers: bytes) -> bytes | None:
+        """See ``Machine``."""
+        words = list(struct.unpack("<27Q", registers))
+        if words[self._ORIG_RAX] not in self._SLEEPS or signed(words[self._RAX]) != -ERESTART_RESTARTBLOCK:
+            return None
+        words[self._RAX], words[self._ORIG_RAX] = -EINTR & _MASK, _MASK
+        return struct.pack("<27Q", *words)
+
 
 @dataclass(frozen=True, slots=True)
 class Arm64Machine:
@@ -164,6 +181,16 @@ class Arm64Machine:
     def resumable(self, registers: bytes) -> bytes:
         """As found."""
         return registers
+
+    _SLEEPS = frozenset((101, 115))
+
+    def end_sleep(self, registers: bytes) -> bytes | None:
+        """See ``Machine``. The kernel has put pc back on the instruction, for the call to be repeated."""
+        words = list(struct.unpack("<34Q", registers))
+        if words[self._X8] not in self._SLEEPS:
+            return None
+        words[0], words[self._PC] = -EINTR & _MASK, words[self._PC] + len(self.instruction)
+        return struct.pack("<34Q", *words)
 
 
 def this_machine(name: str | None = None) -> Machine | None:

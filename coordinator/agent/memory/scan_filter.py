@@ -18,6 +18,7 @@ import fcntl
 import mmap
 import os
 import select
+import socket
 import struct
 import threading
 from collections.abc import Callable
@@ -131,14 +132,14 @@ def _succeeded(thread: StoppedThread, name: str, result: int) -> int:
 
 
 class ScanFilter:
-    """The filter of one dump, and the thread that answers. It ends with the last process under the filter, or when it
-    is closed."""
+    """The filter of one dump, and the thread that answers. It ends with the last process under the filter, or soon
+    after ``close``."""
 
     def __init__(self, hidden: HiddenPages | None, images: Path) -> None:
         """``images``: where CRIU will write them. With nothing that could be hidden nothing is done at all."""
         self._hidden = hidden
         self._images = images
-        self._stop = os.eventfd(0)
+        self._open: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
     def arm(self, command: int) -> None:
@@ -150,27 +151,25 @@ class ScanFilter:
         except OSError as error:
             self._hidden.refusal = str(error)
             return
-        arguments = (self._hidden, held, command)
+        self._open, until = socket.socketpair()
+        arguments = (self._hidden, held, command, until)
         self._thread = threading.Thread(target=self._run, args=arguments, name="scan-filter", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; who would ask it later fails. Idempotent."""
-        if self._stop >= 0:
-            os.eventfd_write(self._stop, 1)
-            self.wait(None)
-            os.close(self._stop)
-            self._stop = -1
+        """End the thread without waiting for it; who would ask it later fails. Idempotent."""
+        if self._open is not None:
+            self._open.close()
 
-    def wait(self, deadline_s: float | None) -> bool:
-        """Wait until no process is left under the filter; ``False`` on the deadline."""
+    def wait(self, deadline_s: float) -> bool:
+        """Wait until the thread has ended; ``False`` on the deadline."""
         if self._thread is not None:
             self._thread.join(deadline_s)
         return self._thread is None or not self._thread.is_alive()
 
-    def _run(self, hidden: HiddenPages, held: HeldOpen, command: int) -> None:
-        with closing(held):
-            criu = held.wait(self._stop, lambda pid: pid in process_tree(command))
+    def _run(self, hidden: HiddenPages, held: HeldOpen, command: int, until: socket.socket) -> None:
+        with until, closing(held):
+            criu = held.wait(until.fileno(), lambda pid: pid in process_tree(command))
             if criu is None:
                 return
             try:
@@ -180,7 +179,7 @@ class ScanFilter:
                 return
             try:
                 with closing(ScanAnswerer(hidden)) as answerer:
-                    _answer_all(listener, self._stop, answerer)
+                    _answer_all(listener, until.fileno(), answerer)
             finally:  # whatever ends this, nobody may wait for an answer any more
                 os.close(listener)
 

@@ -15,14 +15,12 @@ import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import PAGE_BYTES, Mapping, PageRun, ProcessChanges
-from coordinator.agent.memory.prefetch import parse
+from coordinator.agent.memory.pagemap_images import PRESENT, parse
 
 _ANONYMOUS_SHARED = "/dev/zero (deleted)"
-_PRESENT = 1 << 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +101,14 @@ class SharedMemory:
             name = f"pagemap-shmem-{inode}.img"
             if name not in names:
                 continue
-            head, entries = parse(space.read(name, 0, names[name]), Path(name))
+            pages_image, entries = parse(space.read(name, 0, names[name]), name)
             offset = 0
             spans: list[Span] = []
             for entry in entries:
-                if entry.flags & _PRESENT:
+                if entry.flags & PRESENT:
                     spans += _cut(self._sent[number], offset, entry.start, entry.pages)
                     offset += entry.pages * PAGE_BYTES
-            found[f"pages-{head.fields[1]}.img"] = (number, spans)
+            found[f"pages-{pages_image}.img"] = (number, spans)
         return found
 
     def _number(self, mapping: Mapping) -> int:

@@ -28,7 +28,7 @@ class Runtime(Protocol):
 
     def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that dumps the running tasks with their connections into ``images``, logs into ``work``;
-        ``lazy``: without the pages that CRIU's lazy-pages daemon can fill in later."""
+        ``lazy``: without the pages that can be filled in later."""
 
     def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that restores them, detached."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.host import fake_parts, places
-from coordinator.agent.fakes.world import Life, Machine, World
+from coordinator.agent.fakes.world import CONNECTION, Life, Machine, World
 from coordinator.agent.server import Agent
 from coordinator.config import Configuration, Host
 from coordinator.errors import ExitCode, LivemoveError, SessionLost
@@ -60,7 +60,7 @@ def make_plan(deadlines: Deadlines | None = None, memory: MemoryPolicy | None = 
         expected_pids=(100,),
         deadlines=deadlines or Deadlines(copy_s=100.0),
         memory=memory or MemoryPolicy(),
-        destination_criu="4.2",
+        track_connections=True,
     )
 
 
@@ -213,11 +213,13 @@ def verdict(stage: Stage) -> str:
         assert destination.passes
         assert sent[-1].startswith(destination.name)
         assert destination.port.sent[-1] == b"at beta"
+        assert {each.original for each in destination.tracked.values()} == {CONNECTION.original}
         return "moved"
     assert (source.copy, destination.copy) == ("running", "absent")
     assert phases <= {Phase.ROLLED_BACK, None}
     assert source.answers
     assert source.passes
+    assert list(source.tracked.values()) == [CONNECTION]
     assert not sent or sent[-1].startswith(source.name)
     assert not sent or source.port.sent[-1] == b"at alpha"
     return "rolled_back"

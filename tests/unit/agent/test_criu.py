@@ -66,7 +66,7 @@ async def test_a_dump_stops_before_the_freeze_and_after_it(criu: HeldCriu, journ
     dump = await criu.dump(script(DUMP), journal.path, pids.append, lazy=False)
     assert len(pids) == 1
     await dump.ready()
-    dump.freeze()
+    dump.freeze(os.getpid())
     await dump.dumped()
     if committed:
         commit(journal)
@@ -149,7 +149,7 @@ async def test_a_lazy_dump_kills_the_frozen_tasks_on_a_commit(criu: HeldCriu, jo
         text = DUMP.replace("at post-dump", f"CRTOOLS_INIT_PID={task.pid}; export CRTOOLS_INIT_PID; at post-dump")
         dump = await criu.dump(script(text), journal.path, lambda _: None, lazy=True)
         await dump.ready()
-        dump.freeze()
+        dump.freeze(os.getpid())
         await dump.dumped()
         assert task.poll() is None
         commit(journal)

@@ -64,6 +64,13 @@ def test_ids_sort_by_time() -> None:
     assert ids == sorted(ids)
 
 
+@pytest.mark.parametrize("source", [True, False])
+def test_connections_are_tracked_where_the_destination_tracks(tmp_path: Path, source: bool) -> None:
+    here = replace(healthy_facts(11), tracks_connections=source)
+    there = replace(healthy_facts(12), tracks_connections=not source)
+    assert plan(tmp_path, source_facts=here, destination_facts=there).track_connections is not source
+
+
 def test_the_plan_of_a_move(tmp_path: Path) -> None:
     made = plan(tmp_path)
     assert made.source == Endpoint(name="alpha", interface="eth0", channel_address="192.0.2.11")

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from netfix import cli, cli_hold, cli_sweep
+from netfix import cli, cli_conntrack, cli_hold, cli_sweep
 from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord
+from netfix.conntrack import FakeConnectionTable
+from netfix.conntrack_entry import CONFIRMED, DST_NAT, SEEN_REPLY, TCP, Connection, Flow, TcpInfo
 from netfix.errors import NotPermittedError
 from netfix.frames import FakeFramePort
 from netfix.gate import CLOSED, HOLDING, FakeGate, GateReport, GateState
@@ -37,6 +39,7 @@ class Host:
         )
         self.gates: dict[str, GateState] = {}
         self.hold = FakeHold()
+        self.table = FakeConnectionTable()
         self.swept: list[str] = []
 
 
@@ -75,6 +78,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(cli, "remove_gate", remove_gate)
     monkeypatch.setattr(cli, "find_leftovers", find_leftovers)
     monkeypatch.setattr(cli, "other_sockets", nothing)
+    monkeypatch.setattr(cli_conntrack, "NetlinkConnectionTable", lambda: made.table)
     monkeypatch.setattr(cli_hold, "NftGate", gate)
     monkeypatch.setattr(cli_hold, "NfqueueHold", lambda _limits: made.hold)
     monkeypatch.setattr(cli_sweep, "NetlinkAddressBook", lambda: made.book)
@@ -131,6 +135,34 @@ def test_sockets_with_what_would_become_of_them(host: Host, capsys: pytest.Captu
     assert [(one["code"], one["fatal"], one["inode"]) for one in found] == [("socket.mptcp", True, 11)]
     assert _run("sockets", "--address", A, "--wildcard") == 0
     assert "fatal: tcp 192.0.2.10:7000 to 192.0.2.1:40000 is Multipath TCP" in capsys.readouterr().out
+
+
+def test_conntrack(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    original, reply = Flow("192.0.2.1", 40000, A, 80), Flow(A, 8080, "192.0.2.1", 40000)
+    entry = Connection(TCP, original, reply, CONFIRMED | SEEN_REPLY | DST_NAT, 300, 7, 0, TcpInfo(3))
+    host.table.entries[entry.key] = entry
+    assert _json(capsys, "conntrack", A) == {
+        "tracking": True,
+        "connections": [
+            {
+                "protocol": "tcp",
+                "state": "ESTABLISHED",
+                "original": original._asdict(),
+                "reply": reply._asdict(),
+                "flags": ["answered", "destination-nat"],
+                "timeout_s": 300,
+                "mark": 7,
+                "zone": 0,
+            }
+        ],
+    }
+    assert _run("conntrack", A) == 0
+    assert "192.0.2.1:40000 → 192.0.2.10:80" in capsys.readouterr().out
+    assert host.table.closed
+    host.table.tracking = False
+    assert _run("conntrack", A6) == 0
+    assert "this host tracks no connections" in capsys.readouterr().out
+    assert _run("conntrack") == 2
 
 
 def test_hold(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +284,7 @@ def test_an_interrupt_is_130(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["sockets"], ["who"], ["announce"], ["gate"], ["leftovers"], ["hold"], ["sweep"]]
+    "command", [[], ["sockets"], ["who"], ["announce"], ["gate"], ["leftovers"], ["hold"], ["sweep"], ["conntrack"]]
 )
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert _run(*command, "--help") == 0

@@ -13,6 +13,7 @@ EXTRA = {
     "announce": {"scapy"},
     "cli": {"click", "uvloop"},
     "cli_common": {"click", "rich"},
+    "cli_conntrack": {"click"},
     "cli_hold": {"click"},
     "cli_sweep": {"click"},
 }

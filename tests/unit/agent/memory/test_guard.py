@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,17 +22,17 @@ TREE = "sleep 1000 & echo $!; wait"
 
 @dataclass
 class Scene:
-    """A daemon, a tree of tasks, a guard, and the agent's end of its socket."""
+    """A filler, a tree of tasks, a guard, and the agent's end of its socket."""
 
-    daemon: subprocess.Popen[bytes]
+    filler: subprocess.Popen[bytes]
     root: subprocess.Popen[bytes]
     child: int
     guard: subprocess.Popen[bytes]
     agent: socket.socket
 
-    def watch(self) -> bytes:
+    def watch(self, *, needs_agent: bool = True) -> bytes:
         """Have the guard watch, and return its answer."""
-        self.agent.sendall(f"watch {self.daemon.pid} {self.root.pid}\n".encode())
+        self.agent.sendall(f"watch {self.filler.pid} {self.root.pid} {int(needs_agent)}\n".encode())
         return self.agent.recv(100)
 
 
@@ -46,19 +47,25 @@ def gone(pid: int) -> bool:
 @pytest.fixture
 def scene() -> Iterator[Scene]:
     ours, theirs = socket.socketpair()
-    daemon = subprocess.Popen(["sleep", "1000"])
+    filler = subprocess.Popen(
+        ["sh", "-c", "trap 'exit 0' USR1; echo; while :; do sleep 0.1; done"], stdout=subprocess.PIPE
+    )
+    assert filler.stdout is not None
+    assert filler.stdout.readline() == b"\n"
     root = subprocess.Popen(["sh", "-c", TREE], stdout=subprocess.PIPE)
     assert root.stdout is not None
     child = int(root.stdout.readline())
     with theirs:
-        command = [sys.executable, "-I", "-S", str(guard.__file__), str(theirs.fileno())]
+        start = "import sys; sys.path[:0] = ['.']; from coordinator.agent.memory.guard import main; sys.exit(main())"
+        command = [sys.executable, "-I", "-S", "-c", start, str(theirs.fileno())]
         watching = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdout=subprocess.DEVNULL)
     with closing(ours):
-        yield Scene(daemon, root, child, watching, ours)
-    for process in (watching, root, daemon):
+        yield Scene(filler, root, child, watching, ours)
+    for process in (watching, root, filler):
         process.kill()
         process.wait()
     root.stdout.close()
+    filler.stdout.close()
     if not gone(child):
         os.kill(child, 9)
 
@@ -69,7 +76,28 @@ def test_without_done_the_end_of_the_agent_is_the_end_of_the_tasks(scene: Scene)
     assert scene.guard.wait(20) == 1
     assert scene.root.wait(20) == -9
     assert gone(scene.child)
-    assert scene.daemon.wait(20) == -9  # it has nobody left to ask for pages, and nobody to give them to
+    assert scene.filler.wait(20) == -9  # it has nobody left to ask for pages, and nobody to give them to
+
+
+def test_asked_for_it_ends_the_tasks(scene: Scene) -> None:
+    scene.watch(needs_agent=False)
+    scene.agent.sendall(b"end\n")
+    assert scene.guard.wait(20) == 1
+    assert scene.root.wait(20) == -9
+    assert scene.filler.wait(20) == -9
+
+
+@pytest.mark.parametrize("number", [0, 9])
+def test_when_all_pages_are_here_nobody_needs_the_agent(scene: Scene, number: int) -> None:
+    """The guard stays until the filler has ended, and does what it is there for if that is no good end."""
+    scene.watch(needs_agent=False)
+    scene.agent.close()
+    scene.filler.send_signal(number or signal.SIGUSR1)
+    assert scene.guard.wait(20) == (1 if number else 0)
+    if number:
+        assert scene.root.wait(20) == -9
+    else:
+        assert scene.root.poll() is None
 
 
 def test_with_done_it_leaves_them_alone(scene: Scene) -> None:
@@ -88,18 +116,18 @@ def test_before_it_is_told_whom_to_watch_it_kills_nobody(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("number", [9, 15])
-def test_a_daemon_that_is_killed_takes_the_tasks_with_it(scene: Scene, number: int) -> None:
+def test_a_filler_that_is_killed_takes_the_tasks_with_it(scene: Scene, number: int) -> None:
     scene.watch()
-    scene.daemon.send_signal(number)
+    scene.filler.send_signal(number)
     assert scene.root.wait(20) == -9
-    assert scene.daemon.wait(20) == -number
+    assert scene.filler.wait(20) == -number
     assert scene.guard.poll() is None  # it waits for the agent
 
 
-def test_a_daemon_that_is_gone_already_is_not_confirmed(scene: Scene) -> None:
+def test_a_filler_that_is_gone_already_is_not_confirmed(scene: Scene) -> None:
     """The tasks are still held at their hook: the agent gives up, and they are killed there."""
-    scene.daemon.kill()
-    scene.daemon.wait()
+    scene.filler.kill()
+    scene.filler.wait()
     assert scene.watch() == b""
     assert scene.guard.wait(20) == 1
 

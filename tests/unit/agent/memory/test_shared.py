@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.agent.memory.base import PAGE_BYTES, Backing, Changes, Mapping, PageRun, ProcessChanges
-from coordinator.agent.memory.prefetch import Entry, serialize
+from coordinator.agent.memory.pagemap_images import PRESENT, Entry
 from coordinator.agent.memory.shared import SharedMemory, SharedRuns
+from tests.unit.agent.memory.pagemaps import serialize
 
 SIZE = 24
 INODE = 77
@@ -46,9 +47,9 @@ class Images:
     images = work = Path("/nowhere")
 
     def __init__(self, content: dict[int, bytes]) -> None:
-        entries = [Entry({1: number * PAGE_BYTES, 2: 1, 4: 4}) for number in sorted(content)]
+        entries = [Entry(number * PAGE_BYTES, 1, PRESENT) for number in sorted(content)]
         pages = b"".join(content[number] for number in sorted(content))
-        self.files = {f"pagemap-shmem-{INODE}.img": serialize(Entry({1: 5}), entries), "pages-5.img": pages}
+        self.files = {f"pagemap-shmem-{INODE}.img": serialize(5, entries), "pages-5.img": pages}
 
     async def create(self, size_bytes: int) -> None:
         raise NotImplementedError

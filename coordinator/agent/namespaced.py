@@ -1,0 +1,149 @@
+"""The service network of a workload that has a network namespace of its own: interface, addresses and MAC are inside.
+
+Gate, hold, announcements and the inventory work as on a host, but inside that namespace: its packets come to it
+through the host's bridge, or past the host altogether (docs/decisions/0010). Sockets stay in the namespace they were
+made in; so all that is needed is to make them there. The connection table is the host's, through whose bridge a
+firewall may look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coordinator.agent.network import NetfixNetwork, network_errors
+from coordinator.errors import NetworkChangeFailed
+from coordinator.facts import NamespaceFacts, SocketFacts
+from netfix import namespace
+from netfix.attachment import Attachment, Route, add, delete, raise_up
+from netfix.conntrack_entry import Connection
+from netfix.gate import GateState
+from netfix.hold import HoldReport
+
+
+class NamespacedNetwork:
+    """See ``ServiceNetwork``. ``make`` puts the parts together, and is called inside the namespace when it is there.
+
+    Where it is not there any more, there is nothing left to close or to remove: those verbs are done then."""
+
+    def __init__(self, facts: NamespaceFacts, parent: str, make: Callable[[], NetfixNetwork]) -> None:
+        self._path = Path(facts.path)
+        self._attachment = replace(attachment_of(facts), parent=parent)
+        self._make = make
+        self._made: NetfixNetwork | None = None
+
+    @property
+    def _inside(self) -> NetfixNetwork:
+        if self._made is None:
+            with network_errors(), namespace.entered(self._path):
+                self._made = self._make()
+        return self._made
+
+    @property
+    def _is_gone(self) -> bool:
+        return self._made is None and not self._path.exists()
+
+    async def check_namespace(self) -> None:
+        """See ``ServiceNetwork``. What is there was not made by us, and stays."""
+        if self._path.exists():
+            raise NetworkChangeFailed(
+                f"this host has a network namespace {self._path} already",
+                f"Remove it if nothing uses it: ip netns delete {self._path.name}",
+            )
+
+    async def make_namespace(self) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            namespace.create(self._path)
+            add(self._path, self._attachment)
+
+    async def remove_namespace(self) -> None:
+        """See ``ServiceNetwork``. Our own sockets would keep it."""
+        await self.close()
+        with network_errors():
+            delete(self._path, self._attachment.interface)
+            namespace.remove(self._path)
+
+    async def set_gate(self, state: GateState) -> None:
+        """See ``ServiceNetwork``."""
+        if state.answering or not self._is_gone:
+            await self._inside.set_gate(state)
+
+    async def remove_gate(self) -> None:
+        """See ``ServiceNetwork``."""
+        if not self._is_gone:
+            await self._inside.remove_gate()
+
+    async def open_hold(self) -> None:
+        """See ``ServiceNetwork``."""
+        inside = self._inside
+        with network_errors(), namespace.entered(self._path):
+            await inside.open_hold()  # which awaits nothing that waits
+
+    async def hold_arrivals(self) -> None:
+        """See ``ServiceNetwork``."""
+        await self._inside.hold_arrivals()
+
+    async def let_out(self) -> None:
+        """See ``ServiceNetwork``."""
+        await self._inside.let_out()
+
+    async def release_arrivals(self) -> HoldReport:
+        """See ``ServiceNetwork``."""
+        return await self._inside.release_arrivals()
+
+    async def drop_arrivals(self) -> None:
+        """See ``ServiceNetwork``."""
+        if self._made is not None:
+            await self._made.drop_arrivals()
+
+    async def add_addresses(self) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            raise_up(self._path, self._attachment)
+
+    async def remove_addresses(self) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            delete(self._path, self._attachment.interface)
+
+    async def announce(self, frames: Sequence[bytes]) -> None:
+        """See ``ServiceNetwork``. With the MAC that the peers know, it is the switches that learn."""
+        await self._inside.announce(frames)
+
+    async def announced(self) -> None:
+        """See ``ServiceNetwork``."""
+        if self._made is not None:
+            await self._made.announced()
+
+    async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
+        """See ``ServiceNetwork``."""
+        return await self._inside.sockets(root_pid)
+
+    async def tracked_connections(self) -> list[Connection]:
+        """See ``ServiceNetwork``."""
+        return await self._inside.tracked_connections()
+
+    async def track_connections(self, connections: Sequence[Connection]) -> None:
+        """See ``ServiceNetwork``."""
+        await self._inside.track_connections(connections)
+
+    async def forget_connections(self) -> None:
+        """See ``ServiceNetwork``."""
+        if not self._is_gone:
+            await self._inside.forget_connections()
+
+    async def close(self) -> None:
+        """See ``ServiceNetwork``."""
+        if self._made is not None:
+            await self._made.close()
+            self._made = None
+
+
+def attachment_of(facts: NamespaceFacts) -> Attachment:
+    """What netfix makes of the facts."""
+    values = {name: getattr(facts, name) for name in Attachment.__dataclass_fields__}
+    names = tuple(Route.__dataclass_fields__)
+    values["routes"] = tuple(Route(**{name: getattr(each, name) for name in names}) for each in facts.routes)
+    return Attachment(**values)
