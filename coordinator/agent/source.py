@@ -125,6 +125,8 @@ class SourceHalf(Half):
             await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
             self._sockets = await self.network.sockets(self._root_pid)
             await self.memory.serve_until(self._link(), Staged)
+        if self.memory.hidden is not None and self.memory.hidden.refusal:
+            self.warn(f"CRIU had to look at every page in the freeze: {self.memory.hidden.refusal}")
         self.enter(Phase.STAGED)
 
     async def _copy(self) -> None:
@@ -149,7 +151,8 @@ class SourceHalf(Half):
         lazy = self.memory.lazy
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
-        self._dump = await self.criu.dump(command, self.journal.path, self.record_criu("dump"), lazy=lazy)
+        started, hidden = self.record_criu("dump"), self.memory.hidden
+        self._dump = await self.criu.dump(command, self.journal.path, started, lazy=lazy, hidden=hidden)
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
         await self._send_images()

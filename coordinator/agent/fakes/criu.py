@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore, Started
+from coordinator.agent.fakes.memory import OUTER_PID
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
 from coordinator.agent.memory.base import PAGE_BYTES
@@ -60,15 +61,19 @@ class FakeCriuRun:
         self.reached[action].set()
         await self._unlocked[action].wait()
 
-    async def dump(self, *, lazy: bool) -> int:
+    async def dump(self, *, lazy: bool, hidden: HiddenPages | None) -> int:
         """A dump, with its exit status. A lazy one leaves private pages out, and never ends well: its hook has killed
-        the tasks, or refused to serve their pages."""
+        the tasks, or refused to serve their pages. (What is hidden it would have left out, and is missing after a
+        restore all the same.)"""
         machine = self.machine
         await self._stand(PRE_DUMP)
         if not self.proceed or machine.copy != "running":
             return 1
         self.world.set_copy(machine, "frozen")
         await asyncio.sleep(0)
+        if hidden is not None:
+            for pid, address in machine.memory:
+                hidden.visible(OUTER_PID + pid, address, address + PAGE_BYTES)
         if machine.files is not None:
             machine.files.update({**images_of(machine.memory, lazy=lazy), _CORE: b"core", _EMPTY: b""})
             await self._stand(POST_DUMP)
@@ -223,7 +228,7 @@ class FakeCheckpointer:
     ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
-        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))
+        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy, hidden=hidden)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
     async def restore(self, command: Command, journal: Path, started: Started) -> Restore:

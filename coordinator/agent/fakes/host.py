@@ -14,9 +14,11 @@ from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.criu import FakeCheckpointer
 from coordinator.agent.fakes.memory import OUTER_PID, FakeFilling, FakeTrackers, fake_read
+from coordinator.agent.fakes.workload import mappings
 from coordinator.agent.fakes.world import Life, Machine
 from coordinator.agent.half import Adapters
 from coordinator.agent.memory.copying import MemorySource
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.network import NetfixNetwork
 from coordinator.agent.process import Command
 from coordinator.agent.runtimes.base import Tasks
@@ -343,6 +345,11 @@ def fake_memory_source(life: Life, policy: MemoryPolicy) -> MemorySource:
     def started(pid: int) -> int | None:
         return 1 if machine.copy in ("running", "frozen") else None
 
+    def hide(root_pid: int, _: object) -> HiddenPages:
+        return HiddenPages(
+            root_pid, processes=lambda root: processes(root).values(), mappings=lambda _: list(mappings())
+        )
+
     return MemorySource(
         policy,
         lambda _: FakeTrackers(life),
@@ -350,6 +357,7 @@ def fake_memory_source(life: Life, policy: MemoryPolicy) -> MemorySource:
         read=partial(fake_read, life),
         processes=processes,
         started=started,
+        hide=hide,
     )
 
 

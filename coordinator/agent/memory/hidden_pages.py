@@ -23,6 +23,10 @@ from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
+#: What things take in microseconds (docs/decisions/0011-hidden-pages.md): CRIU to splice a page, and to free it again;
+#: us to put CRIU under the filter, and to answer a scan.
+_SPLICE_US, _FILTER_US, _ANSWER_US = 0.2, 3000, 30
+
 
 class HiddenPages:
     """The hidden pages of a tree of processes. ``visible`` is asked by one thread, while the tasks are frozen; the
@@ -79,6 +83,18 @@ class HiddenPages:
                     "dump, and are not among those that were copied",
                     "This is a defect of livemove; `--mode post-copy` moves without hiding pages from CRIU.",
                 )
+
+
+def hide(root_pid: int, known: Iterable[ProcessChanges]) -> HiddenPages | None:
+    """The hidden pages of a tree, given what was last seen of it, or ``None`` if it pays to let CRIU see them all."""
+    return HiddenPages(root_pid) if pays(known) else None
+
+
+def pays(known: Iterable[ProcessChanges]) -> bool:
+    """Whether splicing the pages would take longer than being asked about every mapping (pure)."""
+    changes = [each.changes for each in known]
+    pages, mappings = sum(each.known_pages for each in changes), sum(len(each.mappings) for each in changes)
+    return pages * _SPLICE_US > _FILTER_US + mappings * _ANSWER_US
 
 
 def hideable(mappings: Iterable[base.Mapping]) -> Spans:

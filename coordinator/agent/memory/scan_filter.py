@@ -171,6 +171,7 @@ class ScanFilter:
         with until, closing(held):
             criu = held.wait(until.fileno(), lambda pid: pid in process_tree(command))
             if criu is None:
+                hidden.refusal = "CRIU did not come to the page map of the root"
                 return
             try:
                 listener = put_under_filter(criu, held.let_in)
