@@ -209,6 +209,14 @@ class RestoreFailed(LivemoveError):
     default_hint = "The message has CRIU's first error, often a file that differs between the hosts."
 
 
+class NotAccepting(LivemoveError):
+    """Connections wait for the service to accept them, and it does not: a move would cut them."""
+
+    code = "NOT_ACCEPTING"
+    exit_code = ExitCode.ROLLED_BACK
+    default_hint = "See whether the service is stopped or too busy to accept; policy.accept_s gives it more time."
+
+
 class FrozenTooLong(LivemoveError):
     """The service was frozen for longer than the policy allows, so the move was given up."""
 

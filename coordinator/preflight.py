@@ -293,7 +293,7 @@ def _sockets(source: str, facts: MoveFacts) -> Iterator[Finding]:
             "NO_SERVICE_SOCKET", source, f"{facts.workload.name} has no socket on {', '.join(sorted(services))}"
         )
     own_ends = {(each.protocol, local, each.local_port) for each, local in inet}
-    for each, local in inet:
+    for each, local in dict.fromkeys(inet):  # sockets that share a port are one finding
         if local is None or local in services or local in anywhere:
             continue
         if not ip_address(local).is_loopback:

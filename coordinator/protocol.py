@@ -51,13 +51,17 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
-    """Bounds in seconds. ``copy_s``: all rounds of copying while the service runs. ``freeze_s``: from the closed gate
-    to STAGED, then the move is given up. ``settle_s``: how long the diverted source may work off what it had received.
-    ``resume_s``: from GO to RESUMED. ``fill_s``: until all memory is in the restored tasks."""
+    """Bounds in seconds. ``copy_s``: all rounds of copying while the service runs. ``close_s``: how long a handshake or
+    the last words of a closed connection are waited for. ``accept_s``: how long the service may take to accept the
+    connections that wait for it. ``settle_s``: how long the diverted source may work off what else it had received.
+    ``freeze_s``: from the closed gate to STAGED, then the move is given up. ``resume_s``: from GO to RESUMED.
+    ``fill_s``: until all memory is in the restored tasks."""
 
     connect_s: float = 10.0
     prepare_s: float = 60.0
     copy_s: float = 3600.0
+    close_s: float = 2.0
+    accept_s: float = 1.0
     settle_s: float = 0.005
     freeze_s: float = 60.0
     abort_s: float = 2.0

@@ -33,10 +33,12 @@ END_TIMEOUT_S = 10.0
 SERVICE_FILES = (
     "__init__.py",
     "ballast.py",
+    "datagram_server.py",
     "memory_regions.py",
     "memory_server.py",
     "pattern.py",
     "pattern_server.py",
+    "puppet.py",
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .address import parse_address
+from .diag_filter import local_address_is
 from .errors import from_errno
 from .netlink import NETLINK_SOCK_DIAG, NLM_F_DUMP, NLM_F_REQUEST, Message, NetlinkSocket, Refusal, attributes
 
@@ -24,13 +25,19 @@ _SOCK_DIAG_BY_FAMILY = 20
 _FAMILIES = {2: "ipv4", 10: "ipv6"}
 _PROTOCOLS = {6: "tcp", 17: "udp"}
 _ALL_STATES = 0xFFFFFFFF
+_PENDING_STATES = 0x1FBE
+"""All of `_TCP_STATES` but TIME_WAIT and 13, for which the kernel goes through another table; UDP has 1 and 7."""
 _INET_DIAG_INFO = 2
-"""Asked for because INET_DIAG_ULP_INFO comes only with it."""
+"""Asked for also because INET_DIAG_ULP_INFO comes only with it."""
+_TCP_INFO_UNSENT = struct.Struct("=144xI")
+"""tcpi_notsent_bytes (include/uapi/linux/tcp.h, Linux >= 4.6)."""
 _INET_DIAG_SKV6ONLY, _INET_DIAG_ULP_INFO = 11, 19
 _INET_ULP_INFO_NAME = 1
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI48x")
 _ANSWER = struct.Struct("=BBBB2s2s16s16sI8x4xIIII")
+_QUEUES = struct.Struct("=xB54xIIxxxxI")
+"""Of the same: state, both queues, inode."""
 _MAPPED = bytes(10) + b"\xff\xff"
 _INODE = re.compile(r"socket:\[(\d+)\]")
 
@@ -58,7 +65,9 @@ _CLASSES = {
     "UNCONNECTED": "unconnected",
     "TIME_WAIT": "",
 }
-_WILDCARDS = ("0.0.0.0", "::")
+_WILDCARDS = (ipaddress.IPv4Address(0), ipaddress.IPv6Address(0))
+_HANDSHAKE, _LAST_WORDS = (3, 12), (4, 9, 11)
+_CLOSING_STATES = sum(1 << state for state in _LAST_WORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +79,9 @@ class SocketRecord:
     and for UDP `ESTABLISHED` (connected) or `UNCONNECTED`. `inode`: 0 for a socket that belongs to no process
     (TIME_WAIT, SYN_RECV, closed by its process). `receive_queue_bytes` and `send_queue_bytes`: not read yet, and not
     acknowledged yet; of a *listening* socket they are the number of connections waiting to be accepted, and the most
-    there may be. `device`: the interface it is bound to (SO_BINDTODEVICE). `ulp`: what is between TCP and the service,
-    `mptcp` or `tls`; the kernel tells only root.
+    there may be. `unsent_bytes`: what of the send queue of a TCP socket has not been sent at all. `device`: the
+    interface it is bound to (SO_BINDTODEVICE). `ulp`: what is between TCP and the service, `mptcp` or `tls`; the kernel
+    tells only root.
     """
 
     family: str
@@ -88,6 +98,7 @@ class SocketRecord:
     v6only: bool = False
     device: str = ""
     ulp: str = ""
+    unsent_bytes: int = 0
 
 
 class Difference(NamedTuple):
@@ -102,6 +113,13 @@ class SocketInventory(Protocol):
 
     async def sockets(self) -> list[SocketRecord]:
         """All of them, as they are now: not one instant's picture if they change meanwhile. Raises NetfixError."""
+
+    async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
+        """Those on the addresses, or on all addresses, in which something waits (`is_pending`). Raises NetfixError,
+        InvalidAddressError.
+
+        Measured (Linux 6.18, 2 cores), nothing pending: 0.6 ms with 20 connections, 2.7 ms with 1000, 15 ms with 5000.
+        """
 
     def close(self) -> None:
         """Let go of the netlink socket; idempotent."""
@@ -134,6 +152,13 @@ def owned_by(records: Iterable[SocketRecord], inodes: Iterable[int]) -> list[Soc
     """The sockets with one of these inodes (see `socket_inodes`)."""
     wanted = set(inodes) - {0}
     return [record for record in records if record.inode in wanted]
+
+
+def is_pending(record: SocketRecord) -> bool:
+    """Whether something waits in it: what is not read or not accepted yet, a handshake that is not finished, or the
+    last words of a connection that no process has any more."""
+    closing = record.protocol == "tcp" and record.state in ("FIN_WAIT1", "LAST_ACK", "CLOSING") and not record.inode
+    return record.receive_queue_bytes > 0 or record.state == "SYN_RECV" or closing
 
 
 def state_class(record: SocketRecord) -> str:
@@ -211,9 +236,23 @@ class DiagSocketInventory:
                 records += [_record(answer, protocol) for answer in self._dump(family, protocol)]
         return records
 
-    def _dump(self, family: int, protocol: int) -> list[Message]:
-        extensions = 1 << (_INET_DIAG_INFO - 1) if protocol == 6 else 0
-        body = _REQUEST.pack(family, protocol, extensions, _ALL_STATES)
+    async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
+        where = local_address_is([*map(parse_address, addresses), *_WILDCARDS])
+        found = []
+        for family in _FAMILIES:
+            for protocol in _PROTOCOLS:
+                answers = self._dump(family, protocol, states=_PENDING_STATES, where=where, info=False)
+                if any(_has_last_words(answer) for answer in answers):  # how much of them is unsent, TCP_INFO tells
+                    answers = [answer for answer in answers if not _has_last_words(answer)]
+                    answers += self._dump(family, protocol, states=_CLOSING_STATES, where=where)
+                found += [_record(answer, protocol) for answer in answers if _waits(answer)]
+        return of_addresses(filter(is_pending, found), addresses, wildcard=True)
+
+    def _dump(
+        self, family: int, protocol: int, *, states: int = _ALL_STATES, where: bytes = b"", info: bool = True
+    ) -> list[Message]:
+        extensions = 1 << (_INET_DIAG_INFO - 1) if protocol == 6 and info else 0
+        body = _REQUEST.pack(family, protocol, extensions, states) + where
         size = _HEADER.size + len(body)
         header = _HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
         try:
@@ -234,10 +273,12 @@ def _record(answer: Message, protocol: int) -> SocketRecord:
     )
     mapped = family == 10 and local.startswith(_MAPPED)
     states = _TCP_STATES if protocol == 6 else _UDP_STATES
-    only, ulp = False, ""
+    only, ulp, unsent = False, "", 0
     for kind, value in attributes(answer.data, _HEADER.size + _ANSWER.size):
         if kind == _INET_DIAG_SKV6ONLY:
             only = family == 10 and value[:1] == b"\x01"
+        elif kind == _INET_DIAG_INFO and len(value) >= _TCP_INFO_UNSENT.size:
+            (unsent,) = _TCP_INFO_UNSENT.unpack_from(value)
         elif kind == _INET_DIAG_ULP_INFO:
             ulp = next((_zero_ended(text) for inner, text in attributes(value) if inner == _INET_ULP_INFO_NAME), "")
     return SocketRecord(
@@ -255,7 +296,19 @@ def _record(answer: Message, protocol: int) -> SocketRecord:
         v6only=only,
         device=_device_name(device) if device else "",
         ulp=ulp,
+        unsent_bytes=unsent,
     )
+
+
+def _has_last_words(answer: Message) -> bool:
+    state, _, _, inode = _QUEUES.unpack_from(answer.data, _HEADER.size)
+    return not inode and state in _LAST_WORDS
+
+
+def _waits(answer: Message) -> bool:
+    """`is_pending`, without reading all of it."""
+    state, received, _, inode = _QUEUES.unpack_from(answer.data, _HEADER.size)
+    return received > 0 or state in _HANDSHAKE or (not inode and state in _LAST_WORDS)
 
 
 def _zero_ended(text: bytes) -> str:
@@ -290,6 +343,9 @@ class FakeSocketInventory:
         if failure is not None:
             raise failure
         return list(self.records)
+
+    async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
+        return of_addresses(filter(is_pending, await self.sockets()), addresses, wildcard=True)
 
     def close(self) -> None:
         self.closed = True

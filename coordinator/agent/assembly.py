@@ -18,6 +18,7 @@ from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.tree import TreeTracker
+from coordinator.agent.mending import mend_segment_sizes
 from coordinator.agent.namespaced import NamespacedNetwork
 from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
@@ -68,6 +69,7 @@ def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapte
         pace=priority.set_pace,
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
         start_time=start_time,
+        mend=mend_segment_sizes,
     )
 
 

@@ -137,9 +137,10 @@ class DestinationHalf(HalfWithMemory):
         deadlines = self.plan.deadlines
         self.enter(Phase.COPYING)
         self.adapters.pace("background")
-        async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s):
+        before_divert_s = deadlines.accept_s + deadlines.close_s
+        async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
             await receive_rounds(self._link(), self.images, self._memory, self._track)
-        async with asyncio.timeout(deadlines.connect_s + deadlines.freeze_s):
+        async with asyncio.timeout(deadlines.connect_s + deadlines.accept_s + deadlines.freeze_s):
             await self._until_restored()
         self.enter(Phase.STAGED)
 
@@ -227,7 +228,14 @@ class DestinationHalf(HalfWithMemory):
             self.let_go()  # the journal has COMMITTED: with or without us, the tasks run
             self._linger()
             return self.result("in_doubt", self._lost(as_livemove_error(error, "resuming the tasks")))
-        for step in (self._release_held, self._say_resumed, self._end_restore, self._adopt, self._record_resumed):
+        for step in (
+            self._release_held,
+            self._say_resumed,
+            self._end_restore,
+            self._adopt,
+            self._record_resumed,
+            self._mend,
+        ):
             try:
                 await step()
             except Exception as error:
@@ -274,6 +282,13 @@ class DestinationHalf(HalfWithMemory):
     async def _record_resumed(self) -> None:
         if self.journal.phase is Phase.COMMITTED:  # else this is a recovery that finds it resumed
             self.enter(Phase.RESUMED, durable=True)
+
+    async def _mend(self) -> None:
+        """Without it connections are slower, and nothing is wrong with them."""
+        try:
+            await self.adapters.mend(self._root_pid)
+        except OSError as error:
+            self.warn(f"{self.host}: restored connections go on sending small segments: {error}")
 
     def _report_hold(self, report: HoldReport) -> None:
         if report.mode == "none":

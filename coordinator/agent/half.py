@@ -41,6 +41,7 @@ class Adapters:
     pace: Callable[[Pace], None]
     wait_gone: Callable[[int, int], Coroutine[Any, Any, bool]]
     start_time: Callable[[int], int | None]
+    mend: Callable[[int], Coroutine[Any, Any, None]]
 
 
 class Half:

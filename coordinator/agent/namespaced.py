@@ -20,6 +20,7 @@ from netfix.attachment import Attachment, Route, add, delete, raise_up
 from netfix.conntrack_entry import Connection
 from netfix.gate import GateState
 from netfix.hold import HoldReport
+from netfix.sockets import SocketRecord
 
 
 class NamespacedNetwork:
@@ -120,6 +121,10 @@ class NamespacedNetwork:
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """See ``ServiceNetwork``."""
         return await self._inside.sockets(root_pid)
+
+    async def pending(self, root_pid: int) -> list[SocketRecord]:
+        """See ``ServiceNetwork``."""
+        return await self._inside.pending(root_pid)
 
     async def tracked_connections(self) -> list[Connection]:
         """See ``ServiceNetwork``."""

@@ -84,6 +84,9 @@ class ServiceNetwork(Protocol):
         """Remove the entries that name the addresses. Those of this host's own connections to the service stay, which
         go on wherever it is. Idempotent."""
 
+    async def pending(self, root_pid: int) -> list[SocketRecord]:
+        """Those of them, and of the kernel's own on the addresses, in which something waits (``is_pending``)."""
+
     async def close(self) -> None:
         """Let go of netlink and packet sockets; what was changed on the host stays."""
 
@@ -220,6 +223,16 @@ class NetfixNetwork:
                 own = {record.address for record in await self._book.on_interface(self._records[0].interface)}
             await self._table.remove(addresses, own - set(addresses))
 
+    async def pending(self, root_pid: int) -> list[SocketRecord]:
+        """See ``ServiceNetwork``. An address that moves is the workload's alone; only what is bound to all of them may
+        be somebody else's, and to find that out can take longer than the look itself."""
+        addresses = [record.address for record in self._records]
+        with network_errors():
+            records = await self._inventory.pending(addresses)
+            own = of_addresses(records, addresses)
+            anywhere = [record for record in records if record not in own]
+            return own + (owned_by(anywhere, self._inodes(root_pid)) if anywhere else [])
+
     async def close(self) -> None:
         """See ``ServiceNetwork``."""
         await self._cancel_repeats()
@@ -235,8 +248,8 @@ class NetfixNetwork:
 
 
 def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:
-    """The sockets as facts for a message, in a stable order."""
-    facts = {
+    """The sockets as facts for a message, in a stable order; of those that share a port (SO_REUSEPORT) each one."""
+    facts = [
         SocketFacts(
             family=record.family,
             protocol=record.protocol,
@@ -247,7 +260,7 @@ def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:
             remote_port=record.remote_port,
         )
         for record in records
-    }
+    ]
     return tuple(sorted(facts, key=lambda s: (s.protocol, s.local, s.local_port, s.remote, s.remote_port)))
 
 

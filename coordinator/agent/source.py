@@ -32,6 +32,7 @@ from coordinator.agent.messages import (
     StoredParts,
 )
 from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.settling import Settling
 from coordinator.agent.tracking import TrackedSource
 from coordinator.errors import (
     ChannelFailed,
@@ -69,6 +70,11 @@ class SourceHalf(Half):
     def tracked(self) -> TrackedSource:
         """How firewalls on the destination learn of the connections."""
         return TrackedSource(self.network, wanted=self.plan.track_connections)
+
+    @cached_property
+    def settling(self) -> Settling:
+        """What is waited for before the freeze."""
+        return Settling(lambda: self.network.pending(self._root_pid), self.plan.deadlines, self.clock)
 
     def undoers(self) -> dict[str, Undoer]:
         """See ``Half``."""
@@ -124,6 +130,7 @@ class SourceHalf(Half):
             await self._send_images()
             await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
             self._sockets = await self.network.sockets(self._root_pid)
+            self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
             await self.memory.serve_until(self._link(), Staged)
         if self.memory.hidden is not None and self.memory.hidden.refusal:
             self.warn(f"CRIU had to look at every page in the freeze: {self.memory.hidden.refusal}")
@@ -134,6 +141,7 @@ class SourceHalf(Half):
         self.enter(Phase.COPYING)
         self.adapters.pace("background")
         self._root_pid = (await self._running()).root_pid
+        await self.settling.notice()
         async with asyncio.timeout(self.plan.deadlines.copy_s):
             await self.memory.copy(self._root_pid, self._link(), self.progress)
         if (decision := self.memory.report.decision) is not None and decision.kind is Kind.GIVE_UP:
@@ -162,13 +170,14 @@ class SourceHalf(Half):
         """Hand the segment's packets over to the destination, then work off what was received here.
 
         I2: we are silent before the destination answers, so at no instant do two hosts answer for an address."""
+        await self.settling.before_divert()
         self.deeds.record("addresses")
         self.enter(Phase.DIVERTED)
         await self.network.set_gate(SILENT)
         async with asyncio.timeout(self.plan.deadlines.connect_s):  # nobody answers meanwhile
             await self._link().send(Divert())
             await expect(self._link(), Diverted)
-        await asyncio.sleep(self.plan.deadlines.settle_s)
+        await self.settling.after_divert()
 
     async def _freeze(self, dump: Dump) -> None:
         """Close the gate, and let CRIU freeze the tasks behind it.

@@ -21,6 +21,7 @@ from coordinator.wire import encode
 #: ``planned`` is the end of a dry run whose checks have passed; the others are where a migration can end.
 MigrationOutcome = Literal["moved", "rolled_back", "refused", "in_doubt", "interrupted", "planned"]
 
+_NAMED = 3
 _NOT_CONNECTED = frozenset({"LISTEN", "UNCONNECTED", "CLOSE", "BOUND", "TIME_WAIT"})
 
 
@@ -94,8 +95,22 @@ def missing_sockets(before: Iterable[SocketFacts], after: Iterable[SocketFacts])
     return tuple(missing)
 
 
-def _ends(socket: SocketFacts) -> tuple[str, str, int, str, int]:
-    return (socket.protocol, socket.local, socket.local_port, socket.remote, socket.remote_port)
+def _ends(socket: SocketFacts) -> tuple[str, str, int, str, int, bool]:
+    """What does not change when a peer ends its side."""
+    ends = (socket.protocol, socket.local, socket.local_port, socket.remote, socket.remote_port)
+    return (*ends, socket.state == "LISTEN")
+
+
+def describe_missing(missing: Sequence[SocketFacts], connections: int) -> list[str]:
+    """Warnings: a sentence for each listener and unconnected socket, which must be there, and one for all connections,
+    which may have ended by themselves since the move. ``connections`` is how many there were."""
+    gone = connected(missing)
+    sentences = [f"not there after the move: {describe_socket(each)}" for each in missing if each not in gone]
+    if gone:
+        named = ", ".join(describe_socket(each) for each in gone[:_NAMED])
+        more = f" and {len(gone) - _NAMED} more" if len(gone) > _NAMED else ""
+        sentences.append(f"{len(gone)} of {connections} connections have ended or are lost: {named}{more}")
+    return sentences
 
 
 def describe_socket(socket: SocketFacts) -> str:
@@ -136,7 +151,7 @@ def migration_result(
     warnings = [
         *_warnings_of(findings),
         *(warning for half in halves for warning in half.warnings),
-        *(f"{destination_name}: not there after the move: {describe_socket(each)}" for each in lost),
+        *(f"{destination_name}: {sentence}" for sentence in describe_missing(lost, len(connected(before)))),
     ]
     if verdict == "moved":
         for name, half in ((source_name, source), (destination_name, destination)):

@@ -1,11 +1,13 @@
 """The contract of `SocketInventory`, over sock_diag and the fake; leftovers as nf_tables lists them."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -58,7 +60,9 @@ async def _service(
     """A listener on the host, a client at the peer, and the host's end of their connection."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = opened.enter_context(
-        await cable.host.call(lambda: socket.create_server((address, 0), family=family, backlog=7))
+        await cable.host.call(
+            lambda: socket.create_server((address, 0), family=family, backlog=7, dualstack_ipv6=address == "::")
+        )
     )
     where = (SERVICE if address == "::" else address, listener.getsockname()[1])
     client = opened.enter_context(await cable.peer.call(lambda: socket.create_connection(where, timeout=5)))
@@ -188,3 +192,85 @@ async def test_the_hint_for_a_table_removes_it(cable: Segment) -> None:
     (table,) = [one for one in await cable.host.run(find_leftovers()) if one.kind == "criu-table"]
     await cable.host.call(lambda: subprocess.run(table.hint.split(), check=True))
     assert [one for one in await cable.host.run(find_leftovers()) if one.kind == "criu-table"] == []
+
+
+@pytest.fixture(params=["diag", "fake"])
+async def pending(request: pytest.FixtureRequest, cable: Segment) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """What is pending on the service's two addresses, by sock_diag, or by the fake over all that sock_diag has."""
+    inventory = await cable.host.call(DiagSocketInventory)
+
+    async def look() -> list[SocketRecord]:
+        reader = inventory if request.param == "diag" else FakeSocketInventory(await inventory.sockets())
+        return await reader.pending([SERVICE, SERVICE6])
+
+    yield look
+    inventory.close()
+
+
+Pending = Callable[[], Awaitable[list[SocketRecord]]]
+
+
+@pytest.mark.parametrize("address", [SERVICE, SERVICE6, "::"])
+async def test_what_waits_in_tcp_sockets(cable: Segment, opened: ExitStack, pending: Pending, address: str) -> None:
+    listener, client, service = await _service(cable, opened, address)
+    assert await pending() == []
+    client.sendall(b"12345")
+    where = (SERVICE if address == "::" else address, listener.getsockname()[1])
+    for _ in range(2):
+        opened.enter_context(await cable.peer.call(lambda: socket.create_connection(where, timeout=5)))
+    assert service.recv(5, socket.MSG_PEEK | socket.MSG_WAITALL) == b"12345"
+    found = {record.state: record for record in await pending()}
+    assert set(found) == {"LISTEN", "ESTABLISHED"}
+    assert (found["LISTEN"].receive_queue_bytes, found["ESTABLISHED"].receive_queue_bytes) == (2, 5)
+    assert found["ESTABLISHED"].inode == os.fstat(service.fileno()).st_ino
+    assert found["ESTABLISHED"].local == where[0]
+    service.recv(5)
+    for _ in range(2):
+        opened.enter_context(listener.accept()[0])
+    assert await pending() == []
+
+
+@pytest.mark.parametrize("address", [SERVICE, SERVICE6, "0.0.0.0", "::"])
+async def test_what_waits_in_udp_sockets(cable: Segment, opened: ExitStack, pending: Pending, address: str) -> None:
+    def make() -> socket.socket:
+        return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+
+    service = opened.enter_context(await cable.host.call(make))
+    service.bind((address, 0))
+    client = opened.enter_context(await cable.peer.call(make))
+    target = {"0.0.0.0": SERVICE, "::": SERVICE6}.get(address, address)
+    client.sendto(b"12345", (target, service.getsockname()[1]))
+    assert service.recv(5, socket.MSG_PEEK) == b"12345"
+    (record,) = await pending()
+    assert (record.protocol, record.local, record.inode) == ("udp", address, os.fstat(service.fileno()).st_ino)
+    assert record.receive_queue_bytes > 0
+    service.recv(5)
+    assert await pending() == []
+
+
+async def test_what_waits_on_another_address_is_not_ours(cable: Segment, opened: ExitStack, pending: Pending) -> None:
+    service = opened.enter_context(await cable.host.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+    service.bind(("127.0.0.1", 0))
+    service.sendto(b"12345", service.getsockname())
+    assert service.recv(5, socket.MSG_PEEK) == b"12345"
+    assert await pending() == []
+
+
+async def test_the_last_words_of_a_closed_connection(cable: Segment, opened: ExitStack, pending: Pending) -> None:
+    """The peer does not read: what its buffer cannot take stays here, and belongs to nobody when it is closed."""
+    _, client, service = await _service(cable, opened, SERVICE)
+    service.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += service.send(bytes(65536))
+    assert await pending() == [], "the service still has it"
+    service.close()
+    (record,) = await pending()
+    assert (record.state, record.inode) == ("FIN_WAIT1", 0)
+    assert 0 < record.unsent_bytes <= record.send_queue_bytes <= sent + 1
+    client.settimeout(10)
+    while data := client.recv(1 << 20):
+        sent -= len(data)
+    assert sent == 0
+    assert await pending() == []

@@ -295,6 +295,10 @@ class _StepwiseInventory(FakeSocketInventory):
         here = ("ipv4", "tcp", "ESTABLISHED", self._address, 7000, "192.0.2.99", 50000, _INODE, 0, 0)
         return [] if self._life.machine.copy == "absent" else [SocketRecord(*here)]
 
+    async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
+        await self._life.verb("queues read", KernelRefusedError("no sock_diag"))
+        return list(self._life.machine.pending)
+
 
 def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
     """The doors of a half to a machine of the world; the network is the real ``NetfixNetwork`` over netfix's fakes."""
@@ -322,6 +326,11 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         await life.checkpoint()
         return running.done()
 
+    async def mend(root_pid: int) -> None:
+        await life.verb("connections mended", PermissionError(f"not of process {root_pid}"))
+        if machine.copy != "running":
+            life.world.broken.append(f"connections of a copy that is {machine.copy} are mended")
+
     return Adapters(
         runtime=FakeRuntime(life),
         criu=FakeCheckpointer(life),
@@ -332,6 +341,7 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,
+        mend=mend,
     )
 
 

@@ -21,6 +21,7 @@ from netfix.frames import FakeFramePort
 from netfix.gate import GateState
 from netfix.hold import FakeHold
 from netfix.hold_buffer import OTHER, HeldPacket
+from netfix.sockets import SocketRecord
 
 #: ``held``: restored, and has never run. Frozen and held copies have their sockets, an absent one has none.
 Copy = Literal["absent", "running", "frozen", "held"]
@@ -61,6 +62,7 @@ class Machine:
     helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # filler and guard
     tracked: dict[object, Connection] = field(default_factory=dict)  # the connection table
     holds: list[FakeHold] = field(default_factory=list)  # that a living agent has open
+    pending: list[SocketRecord] = field(default_factory=list)  # sockets of the workload in which something waits
 
     def __post_init__(self) -> None:
         """An interface up, with no address of the service."""

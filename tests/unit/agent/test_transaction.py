@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from coordinator.agent.fakes.channel import Trouble
 from coordinator.agent.fakes.clock import run
 from coordinator.journal import Journal, Phase
+from coordinator.protocol import HalfResult
+from netfix.sockets import SocketRecord
 from tests.unit.agent.faults import (
     ROLES,
     Fault,
@@ -74,6 +76,28 @@ def test_without_a_fault_the_workload_is_moved_in_the_order_of_the_design(tmp_pa
     ]
     found = iter(stage.world.history)
     assert all(step in found for step in order)
+
+
+def test_a_service_that_does_not_accept_is_not_even_diverted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    listener = SocketRecord("ipv4", "tcp", "LISTEN", "192.0.2.200", 7000, "0.0.0.0", 0, 7, 3, 128)
+    stage.world.source.pending.append(listener)
+    source, _ = run(stage.play())
+    assert verdict(stage) == "rolled_back"
+    assert isinstance(source, HalfResult)
+    assert source.error is not None
+    assert source.error["code"] == "NOT_ACCEPTING"
+    assert "alpha: gate silent" not in stage.world.history
+
+
+def test_what_is_lost_is_told(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.world.source.pending.append(SocketRecord("ipv4", "udp", "UNCONNECTED", "0.0.0.0", 53, "0.0.0.0", 0, 7, 10, 0))
+    source, _ = run(stage.play())
+    assert verdict(stage) == "moved"
+    assert isinstance(source, HalfResult)
+    (warning,) = source.warnings
+    assert warning.startswith("alpha: datagrams that the service had received and not read are lost")
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -24,6 +24,7 @@ from coordinator.protocol import (
     Abort,
     DescribeWorkload,
     ListMigrations,
+    Mode,
     PrepareDestination,
     PrepareSource,
     Recover,
@@ -112,6 +113,11 @@ class Lab:
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
     return Lab(tmp_path)
+
+
+def mode(lab: Lab, name: Mode) -> None:
+    """Memory moves in a mode of that name."""
+    lab.config = replace(lab.config, policy=replace(lab.config.policy, mode=name))
 
 
 def recorded(tmp_path: Path) -> Phase:
@@ -207,7 +213,7 @@ def test_a_half_that_cannot_be_prepared_refuses_and_undoes_the_other(lab: Lab, t
 
 def test_a_host_that_stays_away_leaves_it_in_doubt_and_recover_finishes(lab: Lab) -> None:
     """Between the commit point and the word that the tasks run; without memory that is still to come."""
-    lab.config = replace(lab.config, policy=replace(lab.config.policy, mode="stop-copy"))
+    mode(lab, "stop-copy")
     dies_at(lab, "COMMITTED")
 
     async def story() -> str:
@@ -241,7 +247,8 @@ def dies_at(lab: Lab, phase: str) -> None:
 
 @pytest.mark.parametrize("phase", ["COMMITTED", "RESUMED"])
 def test_a_service_that_has_lost_its_memory_is_told_and_never_called_moved(lab: Lab, phase: str) -> None:
-    """Pre-copy: the destination's agent ends before all memory is in the tasks, and the guard has killed them."""
+    """Post-copy: the destination's agent ends before all memory is in the tasks, and the guard has killed them."""
+    mode(lab, "post-copy")
     dies_at(lab, phase)
 
     async def story() -> None:
@@ -257,6 +264,23 @@ def test_a_service_that_has_lost_its_memory_is_told_and_never_called_moved(lab: 
 
     run(story())
     assert lab.stage.world.killed
+    assert lab.stage.world.broken == []
+
+
+@pytest.mark.parametrize("phase", ["COMMITTED", "RESUMED"])
+def test_a_service_whose_memory_has_all_arrived_outlives_the_agent(lab: Lab, phase: str) -> None:
+    """Pre-copy: the destination's agent ends before all memory is in the tasks, and the filler goes on without it."""
+    mode(lab, "pre-copy")
+    dies_at(lab, phase)
+
+    async def story() -> None:
+        first = await lab.migrate()
+        lab.unreachable.clear()
+        recovered = await recover(lab.config, first.id, lab.sink, lab.connect)
+        assert (recovered.outcome, recovered.exit_code) == ("moved", ExitCode.MOVED)
+
+    run(story())
+    assert not lab.stage.world.killed
     assert lab.stage.world.broken == []
 
 

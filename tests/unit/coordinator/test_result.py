@@ -21,6 +21,7 @@ from coordinator.report.result import (
     RecoveryResult,
     StatusReport,
     WorkloadStatus,
+    describe_missing,
     error_json,
     migration_result,
     missing_sockets,
@@ -152,7 +153,18 @@ def test_the_error_is_the_cause_and_not_what_followed_from_it() -> None:
 def test_sockets_that_are_not_there_after_the_move_are_named() -> None:
     result = ended(destination=replace(DESTINATION, sockets=SOCKETS[:2]))
     assert (result.established, result.restored) == (2, 1)
-    assert result.warnings == ("beta: not there after the move: tcp 192.0.2.200:7000 → 192.0.2.100:40002",)
+    gone = "tcp 192.0.2.200:7000 → 192.0.2.100:40002"
+    assert result.warnings == (f"beta: 1 of 2 connections have ended or are lost: {gone}",)
+
+
+def test_a_listener_has_to_be_there_and_many_connections_are_one_warning() -> None:
+    listener = replace(tcp(), state="LISTEN", remote="0.0.0.0", remote_port=0)
+    connections = [tcp(remote="192.0.2.9", remote_port=port) for port in range(1, 6)]
+    first, second = describe_missing([listener, *connections], 7)
+    assert first == "not there after the move: tcp 192.0.2.200:7000 (listening)"
+    assert second.startswith("5 of 7 connections have ended or are lost: tcp 192.0.2.200:7000 → 192.0.2.9:1, ")
+    assert second.endswith(" and 2 more")
+    assert missing_sockets([listener], [replace(listener, state="CLOSE")]) == (listener,)
 
 
 def test_equal_sockets_are_counted() -> None:

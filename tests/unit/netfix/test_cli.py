@@ -118,6 +118,7 @@ def test_sockets(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
             "v6only": False,
             "device": "",
             "ulp": "",
+            "unsent_bytes": 0,
         }
     ]
     assert answer["findings"] == []

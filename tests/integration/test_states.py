@@ -1,0 +1,447 @@
+"""Connections in every state that CRIU can dump, moved there and back, beside a twin that is not moved."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from socket import IPPROTO_IP, IPPROTO_TCP, SOL_SOCKET
+
+import pytest
+
+from labs import config
+from labs.lab import Lab
+from tests.integration.command import Livemove, Said, migrate
+from tests.integration.faults import held_criu, until
+from tests.integration.puppets import IPV4_PORT, IPV6_PORT, MAPPED_PORT, Pair, Story, go_on, pair
+from tests.integration.scene import left_over
+
+MOVED = config.Workload("states", "process", ("192.0.2.213/24", "2001:db8::213/64"), pid_file="/run/states.pid")
+TWIN = config.Workload("twin", "process", ("192.0.2.214/24", "2001:db8::214/64"), pid_file="/run/twin.pid")
+
+STORIES: dict[str, Callable[[Pair], Story]] = {}
+SMALL = ((SOL_SOCKET, socket.SO_RCVBUF, 4096),)
+FAMILIES = {"ipv4": IPV4_PORT, "ipv6": IPV6_PORT, "mapped": MAPPED_PORT}
+
+
+def story(tell: Callable[[Pair, str, int], Story]) -> Callable[[Pair, str, int], Story]:
+    """Tell this story over IPv4, over IPv6, and over IPv4 to a socket of IPv6."""
+    for family, port in FAMILIES.items():
+        name = f"{tell.__name__} {family}"
+        STORIES[name] = lambda one, name=name, port=port: tell(one, name, port)  # type: ignore[misc]
+    return tell
+
+
+@story
+def idle(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    one.exchange(name)
+    yield
+    one.exchange(name)
+    yield
+    one.exchange(name)
+    one.note(name, one.service("state", name))
+
+
+@story
+def unread_by_the_service(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    one.client("send", name, size=50_000)
+    until(lambda: one.service("state", name)["unread"] == 50_000, name)
+    yield
+    one.note(name, one.service("state", name)["unread"])
+    one.to_service(name, 20_000)
+    yield
+    one.to_service(name, 30_000)
+    one.exchange(name)
+
+
+@story
+def zero_window_of_the_service(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    sent = one.client("fill", name)["bytes"]
+    yield
+    sent += one.client("fill", name)["bytes"]
+    one.to_service(name, sent)
+    sent = one.client("fill", name)["bytes"]
+    yield
+    one.to_service(name, sent)
+    one.exchange(name)
+
+
+@story
+def zero_window_of_the_client(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port, options=SMALL)
+    sent = one.service("fill", name)["bytes"]
+    yield
+    assert one.service("state", name)["unacknowledged"] > 0
+    one.to_client(name, sent)
+    sent = one.service("fill", name)["bytes"]
+    yield
+    one.to_client(name, sent)
+    one.exchange(name)
+
+
+@story
+def both_windows_closed(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port, options=SMALL)
+    there, back = one.client("fill", name)["bytes"], one.service("fill", name)["bytes"]
+    yield
+    yield
+    one.to_client(name, back)
+    one.to_service(name, there)
+    one.exchange(name)
+
+
+@story
+def close_wait(one: Pair, name: str, port: int) -> Story:
+    """The client has ended, and said something before that is not read."""
+    one.connect(name, port)
+    one.client("send", name, size=3000)
+    one.client("shutdown", name)
+    until(lambda: one.service("state", name)["state"] == "CLOSE_WAIT", name)
+    yield
+    one.note(name, one.service("state", name)["state"])
+    one.to_service(name, 3000)
+    one.note(name, one.service("end", name))
+    one.service("send", name, size=2000)
+    one.to_client(name, 2000)
+    yield
+    one.service("send", name, size=2000)
+    one.service("close", name)
+    one.to_client(name, 2000)
+    one.note(name, one.client("end", name))
+
+
+@story
+def fin_wait_2(one: Pair, name: str, port: int) -> Story:
+    """The service has ended, and the client knows."""
+    one.connect(name, port)
+    one.service("send", name, size=2000)
+    one.service("shutdown", name)
+    one.to_client(name, 2000)
+    one.note(name, one.client("end", name))
+    yield
+    one.note(name, one.service("state", name)["state"])
+    one.client("send", name, size=3000)
+    one.to_service(name, 3000)
+    yield
+    one.client("send", name, size=3000)
+    one.client("close", name)
+    one.to_service(name, 3000)
+    one.note(name, one.service("end", name))
+
+
+@story
+def fin_wait_1(one: Pair, name: str, port: int) -> Story:
+    """The service has ended, and the client has no room for its last words."""
+    one.connect(name, port, options=SMALL)
+    sent = one.service("fill", name)["bytes"]
+    one.service("shutdown", name)
+    yield
+    one.note(name, one.service("state", name)["state"])
+    yield
+    one.to_client(name, sent)
+    one.note(name, one.client("end", name))
+    one.client("send", name, size=1000)
+    one.to_service(name, 1000)
+
+
+@story
+def closing(one: Pair, name: str, port: int) -> Story:
+    """Both have ended at once, and the client has no room for the service's last words."""
+    one.connect(name, port, options=SMALL)
+    sent = one.service("fill", name)["bytes"]
+    one.service("shutdown", name)
+    one.client("send", name, size=1000)
+    one.client("shutdown", name)
+    until(lambda: one.service("state", name)["state"] == "CLOSING", name)
+    yield
+    one.note(name, one.service("state", name)["state"])
+    yield
+    one.to_client(name, sent)
+    one.note(name, one.client("end", name))
+    one.to_service(name, 1000)
+    one.note(name, one.service("end", name))
+
+
+@story
+def last_ack(one: Pair, name: str, port: int) -> Story:
+    """The client has ended, then the service, for whose last words the client has no room."""
+    one.connect(name, port, options=SMALL)
+    one.client("shutdown", name)
+    one.note(name, one.service("end", name))
+    sent = one.service("fill", name)["bytes"]
+    one.service("shutdown", name)
+    until(lambda: one.service("state", name)["state"] == "LAST_ACK", name)
+    yield
+    one.note(name, one.service("state", name)["state"])
+    yield
+    one.to_client(name, sent)
+    one.note(name, one.client("end", name))
+
+
+@story
+def time_wait(one: Pair, name: str, port: int) -> Story:
+    """The service has closed, and its host remembers. The client connects again from the same port, and is moved to
+    where that is remembered."""
+    local = 30_000 + port
+    one.connect(name, port, local_port=local)
+    one.exchange(name)
+    _ended_by_the_service(one, name)
+    yield
+    one.connect(name, port, local_port=local)
+    one.exchange(name)
+    yield
+    one.exchange(name)
+    _ended_by_the_service(one, name)
+    one.connect(name, port, local_port=local)
+    one.exchange(name)
+
+
+def _ended_by_the_service(one: Pair, name: str) -> None:
+    one.service("shutdown", name)
+    one.note(name, one.client("end", name))
+    one.client("close", name)
+    one.note(name, one.service("end", name))
+    one.service("close", name)
+
+
+@story
+def urgent_data_that_was_read(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    one.client("send_urgent", name, text="ab!")
+    one.note(name, one.service("receive_text", name, size=1, urgent=True))
+    one.note(name, one.service("receive_text", name, size=9))
+    yield
+    one.exchange(name)
+    one.client("send_urgent", name, text="cd?")
+    one.note(name, one.service("receive_text", name, size=1, urgent=True))
+    one.note(name, one.service("receive_text", name, size=9))
+    one.exchange(name)
+    yield
+    one.service("send_urgent", name, text="ef.")
+    one.note(name, one.client("receive_text", name, size=1, urgent=True))
+    one.note(name, one.client("receive_text", name, size=9))
+    one.exchange(name)
+
+
+@story
+def urgent_data_in_line(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    one.service("set", name, level=SOL_SOCKET, option=socket.SO_OOBINLINE, value=1)
+    for text in ("ab!", "cd?", "ef."):
+        one.client("send_urgent", name, text=text)
+        one.note(name, one.service("receive_text", name, size=9))
+        one.note(name, one.service("marked", name))
+        one.note(name, one.service("receive_text", name, size=9))
+        if text != "ef.":
+            yield
+    one.exchange(name)
+
+
+OPTIONS: list[tuple[int, int, int | list[int]]] = [
+    (SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (IPPROTO_TCP, socket.TCP_KEEPIDLE, 77),
+    (IPPROTO_TCP, socket.TCP_KEEPINTVL, 7),
+    (IPPROTO_TCP, socket.TCP_KEEPCNT, 5),
+    (IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (SOL_SOCKET, socket.SO_LINGER, [1, 9]),
+    (SOL_SOCKET, socket.SO_RCVBUF, 50_000),
+    (SOL_SOCKET, socket.SO_SNDBUF, 60_000),
+    (SOL_SOCKET, socket.SO_PRIORITY, 3),
+    (SOL_SOCKET, socket.SO_MARK, 5),
+    (IPPROTO_IP, socket.IP_TOS, 0x10),
+    (IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 12_345),
+    (IPPROTO_TCP, socket.TCP_MAXSEG, 1000),
+]
+
+
+@story
+def options(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    wanted = [each for each in OPTIONS if each[0] != IPPROTO_IP or port == IPV4_PORT]
+    for level, option, value in wanted:
+        one.service("set", name, level=level, option=option, value=value)
+    for _ in range(2):
+        yield
+        for level, option, _ in wanted:
+            one.note(f"{name} {level} {option}", one.service("get", name, options=[(level, option)]))
+        one.exchange(name)
+
+
+@story
+def corked(one: Pair, name: str, port: int) -> Story:
+    one.connect(name, port)
+    one.service("set", name, level=IPPROTO_TCP, option=socket.TCP_CORK, value=1)
+    one.service("send", name, size=10)
+    yield
+    one.note(name, one.service("get", name, options=[(IPPROTO_TCP, socket.TCP_CORK)]))
+    one.service("send", name, size=10)
+    yield
+    one.service("set", name, level=IPPROTO_TCP, option=socket.TCP_CORK, value=0)
+    one.to_client(name, 20)
+    one.exchange(name)
+
+
+@story
+def large_windows(one: Pair, name: str, port: int) -> Story:
+    """Four megabytes each way need window scales that fit what was negotiated."""
+    one.connect(name, port, options=((SOL_SOCKET, socket.SO_RCVBUF, 4 << 20),))
+    one.note(name, one.service("state", name))
+    for _ in range(2):
+        yield
+        state = one.service("state", name)
+        one.note(name, (state["options"], state["scales"]))
+        sent = one.service("fill", name)["bytes"]
+        one.to_client(name, sent)
+        one.exchange(name, 200_000)
+        one.note(f"{name} segments", one.service("get", name, options=[(IPPROTO_TCP, socket.TCP_MAXSEG)]))
+
+
+@story
+def without_options(one: Pair, name: str, port: int) -> Story:
+    """Connections without timestamps and without SACK: the client does not offer them."""
+    names = [f"{name} {sysctl}" for sysctl in OFFERED]
+    for each, sysctl in zip(names, OFFERED, strict=True):
+        with one.client_offers_no(f"net.ipv4.{sysctl}"):
+            one.connect(each, port)
+        one.note(each, one.service("state", each))
+    for _ in range(2):
+        yield
+        for each in names:
+            state = one.service("state", each)
+            one.note(each, (state["options"], state["scales"]))
+            one.exchange(each, 100_000)
+
+
+OFFERED = ("tcp_timestamps", "tcp_sack")
+#: What CRIU changes, and docs/how-it-works.md says so.
+CHANGED = (
+    f" {IPPROTO_TCP} {socket.TCP_USER_TIMEOUT}'",
+    "'CLOSING'), and the twin LAST_ACK",
+)
+
+
+@pytest.fixture
+def one(lab: Lab) -> Iterator[Pair]:
+    with pair(lab, MOVED, "alpha") as made:
+        yield made
+
+
+def lost(said: Said) -> list[str]:
+    """What the result warns of, but for what is said of the hosts themselves."""
+    return [warning for warning in said.report["warnings"] if "CAP_SYS_RESOURCE" not in warning]
+
+
+def move(lab: Lab, destination: str, least: int = 30) -> None:
+    """Move the service with so many connections or more, of which none is lost."""
+    said = migrate(lab, MOVED.name, destination)
+    assert said.status == 0, said.stderr
+    assert lost(said) == []
+    connections = said.report["connections"]
+    assert connections["established"] == connections["restored"] >= least
+
+
+def test_every_state_there_and_back(lab: Lab, one: Pair) -> None:
+    destinations = iter(("beta", "alpha"))
+    with pair(lab, TWIN, "gamma") as twin:
+        for _ in go_on([one, twin], STORIES):
+            move(lab, next(destinations))
+    assert len(one.seen) > 100
+    different = [f"{a}, and the twin {b[1]}" for a, b in zip(one.seen, twin.seen, strict=True) if a != b]
+    unknown = [each for each in different if not any(known in each for known in CHANGED)]
+    assert unknown == [], "\n".join(unknown)
+    assert left_over(lab, one.workload, "alpha") == []
+
+
+def test_connections_that_the_service_does_not_accept(lab: Lab, one: Pair) -> None:
+    """A full accept queue: the move is given up before anything is diverted, and none of them is harmed."""
+    one.service("listen", "queue", address=one.address, port=7200, backlog=3)
+    waiting = [f"waiting {number}" for number in range(4)]
+    for name in waiting:
+        one.client("connect", name, address=one.address, port=7200)
+        one.client("connected", name)
+        one.client("send", name, size=500)
+    one.connect("idle beside a queue")
+    said = migrate(lab, MOVED.name, "beta")
+    assert (said.status, said.code) == (4, "NOT_ACCEPTING"), said.stderr
+    assert "4 connection(s) to 192.0.2.213:7200 wait to be accepted" in said.report["error"]["message"]
+    assert "DIVERTED" not in [phase["name"] for phase in said.report["phases"]]
+    assert left_over(lab, one.workload, "alpha") == []
+    for name in waiting:
+        one.service("accept", name, listener="queue")
+    move(lab, "beta", least=5)
+    for name in [*waiting, "idle beside a queue"]:
+        one.to_service(name, 500) if name in waiting else one.exchange(name)
+        one.exchange(name)
+    move(lab, "alpha", least=5)
+
+
+def test_a_peer_sends_again_and_connects_while_its_packets_are_held(lab: Lab, one: Pair) -> None:
+    ports = (IPV4_PORT, IPV6_PORT)
+    for port in ports:
+        one.connect(f"again {port}", port)
+    with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", MOVED.name, "--to", "beta", "--json") as command:
+        hold.reached(command)
+        for port in ports:
+            one.client("send", f"again {port}", size=20_000)
+            address = one.address6 if port == IPV6_PORT else one.address
+            one.client("connect", f"new {port}", address=address, port=port)
+        for name in [f"{kind} {port}" for kind in ("again", "new") for port in ports]:
+            until(lambda name=name: one.client("state", name)["sent_again"] > 0, name)  # type: ignore[misc]
+        hold.go()
+        said = command.finish()
+    assert said.status == 0, said.stderr
+    assert lost(said) == []
+    for port in ports:
+        one.to_service(f"again {port}", 20_000)
+        one.exchange(f"again {port}")
+        one.client("connected", f"new {port}")
+        one.service("accept", f"new {port}", listener=str(port))
+        one.exchange(f"new {port}")
+    move(lab, "alpha", least=5)
+
+
+def with_close_s(lab: Lab, folder: Path, seconds: float) -> Path:
+    """The lab's configuration with another bound for what is closed."""
+    path = folder / "livemove.toml"
+    path.write_text(f"{lab.config_path.read_text()}\n[policy]\nclose_s = {seconds}\n")
+    return path
+
+
+def test_what_the_service_has_closed_is_delivered_before_the_move(lab: Lab, one: Pair, tmp_path: Path) -> None:
+    """The client has no room for the last words, and nobody has the connection any more: the move waits."""
+    one.connect("last words", options=SMALL)
+    sent = one.service("fill", "last words")["bytes"]
+    one.service("close", "last words")
+    config_path = with_close_s(lab, tmp_path, 60.0)
+    command = ("migrate", MOVED.name, "--to", "beta", "--json")
+    with Livemove(lab, *command, config=config_path) as running:
+        running.said("alpha: copying")
+        one.to_client("last words", sent)
+        one.note("last words", one.client("end", "last words"))
+        said = running.finish()
+    assert said.status == 0, said.stderr
+    assert lost(said) == []
+    assert one.seen[-1] == ("last words", {"rest": 0})
+    move(lab, "alpha", least=1)
+
+
+def test_what_cannot_be_delivered_is_told(lab: Lab, one: Pair, tmp_path: Path) -> None:
+    """A client that does not take its last bytes, and datagrams that the service does not read."""
+    one.connect("no room", options=SMALL)
+    one.service("fill", "no room")
+    one.service("close", "no room")
+    one.service("datagrams", "unread", address=one.address, port=7300)
+    one.client("datagrams", "unread", address="0.0.0.0", port=0, peer=(one.address, 7300))
+    one.client("send_text", "unread", text="hello")
+    said = migrate(lab, MOVED.name, "beta", config=with_close_s(lab, tmp_path, 0.2))
+    assert said.status == 0, said.stderr
+    datagrams, closed = lost(said)
+    assert "datagrams that the service had received and not read are lost" in datagrams
+    assert datagrams.endswith(": 192.0.2.213:7300")
+    assert "1 connection(s) that the service had closed are cut" in closed
+    one.client("send_text", "unread", text="again")
+    assert one.service("receive_text", "unread", size=9) == {"text": "again"}
+    move(lab, "alpha", least=1)
