@@ -132,8 +132,6 @@ class SourceHalf(Half):
             self._sockets = await self.network.sockets(self._root_pid)
             self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
             await self.memory.serve_until(self._link(), Staged)
-        if self.memory.hidden is not None and self.memory.hidden.refusal:
-            self.warn(f"CRIU had to look at every page in the freeze: {self.memory.hidden.refusal}")
         self.enter(Phase.STAGED)
 
     async def _copy(self) -> None:
@@ -229,6 +227,8 @@ class SourceHalf(Half):
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
         self.adapters.pace("usual")
         self.enter(Phase.RESUMED, durable=True)
+        if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
+            self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
         if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:
             return self._result("in_doubt", unserved)
         return await self.release()

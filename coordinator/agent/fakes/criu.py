@@ -71,7 +71,9 @@ class FakeCriuRun:
             return 1
         self.world.set_copy(machine, "frozen")
         await asyncio.sleep(0)
-        if hidden is not None:
+        if hidden is not None and machine.refusal:
+            hidden.refusal = machine.refusal
+        elif hidden is not None:
             for pid, address in machine.memory:
                 hidden.visible(OUTER_PID + pid, address, address + PAGE_BYTES)
         if machine.files is not None:

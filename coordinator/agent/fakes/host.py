@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from coordinator.agent.channel import Channel
 from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.criu import FakeCheckpointer
-from coordinator.agent.fakes.memory import OUTER_PID, FakeFilling, FakeTrackers, fake_read
-from coordinator.agent.fakes.workload import mappings
+from coordinator.agent.fakes.memory import FakeFilling, fake_memory_source
 from coordinator.agent.fakes.world import Life, Machine
 from coordinator.agent.half import Adapters
-from coordinator.agent.memory.copying import MemorySource
-from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.network import NetfixNetwork
 from coordinator.agent.process import Command
 from coordinator.agent.runtimes.base import Tasks
@@ -26,7 +22,7 @@ from coordinator.agent.source import SourceHalf
 from coordinator.errors import CommandFailed, NotEnoughSpace, ProtocolError, RestoreFailed
 from coordinator.events import EventSink
 from coordinator.journal import Journal
-from coordinator.protocol import Credentials, MemoryPolicy, MigrationPlan
+from coordinator.protocol import Credentials, MigrationPlan
 from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord
 from netfix.conntrack import FakeConnectionTable
 from netfix.conntrack_entry import Connection
@@ -336,38 +332,12 @@ def fake_adapters(life: Life, plan: MigrationPlan) -> Adapters:
         criu=FakeCheckpointer(life),
         images=FakeImageSpace(life),
         network=network,
-        memory_source=lambda policy: fake_memory_source(life, policy),
+        memory_source=lambda policy: fake_memory_source(life, policy, _now),
         memory_destination=lambda: FakeFilling(life),
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,
         mend=mend,
-    )
-
-
-def fake_memory_source(life: Life, policy: MemoryPolicy) -> MemorySource:
-    """The real ``MemorySource`` over the world's memory."""
-    machine = life.machine
-
-    def processes(_: int) -> dict[int, int]:
-        return {pid: OUTER_PID + pid for pid in sorted({pid for pid, _ in machine.memory})}
-
-    def started(pid: int) -> int | None:
-        return 1 if machine.copy in ("running", "frozen") else None
-
-    def hide(root_pid: int, _: object) -> HiddenPages:
-        return HiddenPages(
-            root_pid, processes=lambda root: processes(root).values(), mappings=lambda _: list(mappings())
-        )
-
-    return MemorySource(
-        policy,
-        lambda _: FakeTrackers(life),
-        clock=_now,
-        read=partial(fake_read, life),
-        processes=processes,
-        started=started,
-        hide=hide,
     )
 
 

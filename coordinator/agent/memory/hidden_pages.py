@@ -23,9 +23,9 @@ from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
-#: What things take in microseconds (docs/decisions/0011-hidden-pages.md): CRIU to splice a page, and to free it again;
-#: us to put CRIU under the filter, and to answer a scan.
-_SPLICE_US, _FILTER_US, _ANSWER_US = 0.2, 3000, 30
+#: What things take in the freeze, in microseconds (measured: docs/decisions/0011-hidden-pages.md): CRIU to find a page
+#: and splice it; us to put CRIU under the filter, and to answer what it asks about a mapping.
+_PAGE_US, _FILTER_US, _MAPPING_US = 0.4, 6000, 30
 
 
 class HiddenPages:
@@ -45,6 +45,7 @@ class HiddenPages:
         self._root_pid = root_pid
         self._processes = processes
         self._mappings = mappings
+        self._tasks: Collection[int] = ()
         self._may_hide: dict[int, Spans] = {}
         self._hidden: dict[int, Spans] = {}
 
@@ -63,7 +64,8 @@ class HiddenPages:
 
         The first question about a process reads its mappings (some milliseconds for a thousand of them)."""
         if pid not in self._may_hide:
-            if pid not in self._processes(self._root_pid):
+            self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
+            if pid not in self._tasks:
                 return None
             self._may_hide[pid] = hideable(self._mappings(pid))
         asked = [(start, end)]
@@ -91,10 +93,10 @@ def hide(root_pid: int, known: Iterable[ProcessChanges]) -> HiddenPages | None:
 
 
 def pays(known: Iterable[ProcessChanges]) -> bool:
-    """Whether splicing the pages would take longer than being asked about every mapping (pure)."""
+    """Whether CRIU would take longer for the pages than we for its questions about the mappings (pure)."""
     changes = [each.changes for each in known]
     pages, mappings = sum(each.known_pages for each in changes), sum(len(each.mappings) for each in changes)
-    return pages * _SPLICE_US > _FILTER_US + mappings * _ANSWER_US
+    return pages * _PAGE_US > _FILTER_US + mappings * _MAPPING_US
 
 
 def hideable(mappings: Iterable[base.Mapping]) -> Spans:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping, ProcessChanges
-from coordinator.agent.memory.hidden_pages import HiddenPages, hideable
+from coordinator.agent.memory.hidden_pages import HiddenPages, hide, hideable, pays
 from coordinator.agent.memory.mappings import parse_mapping, parse_smaps
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN, PRESENT, SWAPPED, WRITTEN, ScanArgument
 from coordinator.agent.memory.runs import Spans, count_pages
@@ -26,8 +27,8 @@ def mapping(first: int, last: int, rest: str = PRIVATE) -> Mapping:
     return parse_mapping(f"{first * PAGE_BYTES:x}-{last * PAGE_BYTES:x} {rest}")
 
 
-def changes(pid: int, *mappings: Mapping) -> ProcessChanges:
-    return ProcessChanges(pid, pid, 1, False, Changes((), (), mappings, 0))
+def changes(pid: int, *mappings: Mapping, pages: int = 0) -> ProcessChanges:
+    return ProcessChanges(pid, pid, 1, False, Changes((), (), mappings, pages))
 
 
 def numbers(spans: Spans) -> list[tuple[int, int]]:
@@ -86,6 +87,19 @@ def test_hidden_is_what_criu_registers_by_its_flags(flag: str, hides: bool) -> N
     assert bool(hideable(parse_smaps(smaps))) is hides
 
 
+def test_the_frozen_tree_is_looked_at_once() -> None:
+    looks = list[int]()
+
+    def tree(root: int) -> list[int]:
+        looks.append(root)
+        return [ROOT, CHILD]
+
+    hidden = HiddenPages(ROOT, processes=tree, mappings=lambda _: [mapping(1, 4)])
+    for pid in (ROOT, CHILD, STRANGER, STRANGER):
+        visible(hidden, 1, 4, pid)
+    assert looks == [ROOT]
+
+
 def test_what_was_hidden_must_be_answered_for() -> None:
     hidden = hidden_pages(mapping(1, 4), mapping(8, 9))
     visible(hidden, 0, 10)
@@ -112,6 +126,25 @@ def test_hidden_pages_that_nobody_copied_end_the_move(answers: list[ProcessChang
 
 def test_where_nothing_was_hidden_nothing_is_missed() -> None:
     hidden_pages(mapping(1, 4)).check([])
+
+
+@pytest.mark.parametrize(
+    ("pages", "mappings", "yes"),
+    [
+        (0, 0, False),
+        (16 << 8, 100, False),
+        (64 << 8, 100, False),
+        (128 << 8, 100, True),
+        (128 << 8, 1000, False),
+        (512 << 8, 1000, True),
+    ],
+)
+def test_pages_are_hidden_where_that_is_faster(pages: int, mappings: int, yes: bool) -> None:
+    """Of a tree, all its processes together."""
+    half = changes(ROOT, *[mapping(1, 2)] * (mappings // 2), pages=pages // 2)
+    known = [half, replace(half, pid=CHILD)]
+    assert pays(known) is yes
+    assert (hide(ROOT, known) is not None) is yes
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 30), st.integers(1, 30))
