@@ -62,7 +62,7 @@ def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
     images = TmpfsImageSpace(plan.id, places.run)
     return Adapters(
         runtime=runtime_of(plan.workload, plan.expected_pids),
-        criu=HeldCriu(images.work),
+        criu=HeldCriu(images.work, images.images),
         images=images,
         network=_network(plan, role),
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),

@@ -31,12 +31,17 @@ from pathlib import Path
 from typing import Protocol
 
 from coordinator.agent.images import ImageHold
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.memory.scan_filter import ScanFilter
 from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
+
+#: Is told the pid of a command.
+Started = Callable[[int], None]
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
 _CONFIG = "network-lock skip\naction-script {script}\n"
@@ -191,14 +196,16 @@ class Restore(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Starts CRIU, through a runtime's command, held at our hooks. ``started`` is told the pid of the command."""
+    """Starts CRIU, through a runtime's command, held at our hooks."""
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
-        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs."""
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
+        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs.
 
-    async def restore(
-        self, command: Command, journal: Path, started: Callable[[int], None], hold: ImageHold
-    ) -> Restore:
+        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
+
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
         """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs.
 
         ``hold`` is let go with the restore."""
@@ -251,26 +258,29 @@ class CriuRun:
 class CriuDump(CriuRun):
     """A real dump (see ``Dump``)."""
 
+    def __init__(self, running: Running, hook: Hook, work: Path, scans: ScanFilter) -> None:
+        super().__init__(running, hook, work, DumpFailed)
+        self._scans = scans
+        self._dumping = contextlib.ExitStack()
+
     async def ready(self) -> None:
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
 
-    _watch: NapWatch | None = None
-
     def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
-        self._watch = NapWatch(self._running.pid, root_pid)
-        self._watch.begin()
+        watch = NapWatch(self._running.pid, root_pid)
+        self._dumping.callback(watch.end)
+        self._dumping.callback(self._scans.close)
+        watch.begin()
+        self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
     async def dumped(self) -> None:
         """See ``Dump``."""
-        try:
+        with self._dumping:
             root_pid = await self._stands_at(POST_DUMP)
-        finally:
-            if self._watch is not None:
-                self._watch.end()
         self._hook.doom(process_tree(root_pid))
 
     async def end(self) -> None:
@@ -322,18 +332,19 @@ class CriuRestore(CriuRun):
 class HeldCriu:
     """The real ``Checkpointer``: hook and logs live in ``work``, inside the migration's image space."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, images: Path) -> None:
         self._work = work
+        self._images = images
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy_dump=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, DumpFailed)
+        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
 
-    async def restore(
-        self, command: Command, journal: Path, started: Callable[[int], None], hold: ImageHold
-    ) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
         """See ``Checkpointer``."""
         with contextlib.ExitStack() as failing:
             failing.callback(hold.release)
@@ -342,7 +353,7 @@ class HeldCriu:
             failing.pop_all()
         return CriuRestore(running, hook, self._work, journal, hold)
 
-    async def _start(self, command: Command, hook: Hook, started: Callable[[int], None]) -> Running:
+    async def _start(self, command: Command, hook: Hook, started: Started) -> Running:
         held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})
         starting = asyncio.ensure_future(start(held, self._work / "output"))
         try:

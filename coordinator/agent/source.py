@@ -157,7 +157,8 @@ class SourceHalf(Half):
         lazy = self.memory.lazy
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
-        self._dump = await self.criu.dump(command, self.journal.path, self.record_criu("dump"), lazy=lazy)
+        started, hidden = self.record_criu("dump"), self.memory.hidden
+        self._dump = await self.criu.dump(command, self.journal.path, started, lazy=lazy, hidden=hidden)
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
         await self._send_images()
@@ -227,6 +228,8 @@ class SourceHalf(Half):
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
         self.adapters.pace("usual")
         self.enter(Phase.RESUMED, durable=True)
+        if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
+            self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
         if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:
             return self._result("in_doubt", unserved)
         return await self.release()

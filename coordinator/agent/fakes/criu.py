@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore
+from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore, Started
 from coordinator.agent.fakes.images import FakeImageHold
+from coordinator.agent.fakes.memory import OUTER_PID
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
 from coordinator.agent.images import INVENTORY, ImageHold
 from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
@@ -59,15 +61,21 @@ class FakeCriuRun:
         self.reached[action].set()
         await self._unlocked[action].wait()
 
-    async def dump(self, *, lazy: bool) -> int:
+    async def dump(self, *, lazy: bool, hidden: HiddenPages | None) -> int:
         """A dump, with its exit status. A lazy one leaves private pages out, and never ends well: its hook has killed
-        the tasks, or refused to serve their pages."""
+        the tasks, or refused to serve their pages. (What is hidden it would have left out, and is missing after a
+        restore all the same.)"""
         machine = self.machine
         await self._stand(PRE_DUMP)
         if not self.proceed or machine.copy != "running":
             return 1
         self.world.set_copy(machine, "frozen")
         await asyncio.sleep(0)
+        if hidden is not None and machine.refusal:
+            hidden.refusal = machine.refusal
+        elif hidden is not None:
+            for pid, address in machine.memory:
+                hidden.visible(OUTER_PID + pid, address, address + PAGE_BYTES)
         if machine.files is not None:
             machine.files.update({**images_of(machine.memory, lazy=lazy), INVENTORY: b"inventory", _EMPTY: b""})
             await self._stand(POST_DUMP)
@@ -224,15 +232,15 @@ class FakeCheckpointer:
     def __init__(self, life: Life) -> None:
         self._life = life
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
-        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))
+        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy, hidden=hidden)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
-    async def restore(
-        self, command: Command, journal: Path, started: Callable[[int], None], hold: ImageHold
-    ) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
         """See ``Checkpointer``."""
         assert isinstance(hold, FakeImageHold)
         with contextlib.ExitStack() as failing:
@@ -248,7 +256,7 @@ class FakeCheckpointer:
         self._life.at_death.append(run.unlock_all)
         return run
 
-    async def _told(self, handle: H, started: Callable[[int], None]) -> H:
+    async def _told(self, handle: H, started: Started) -> H:
         # The instant between a process's start and the record of its pid is too short for this fake to stop at.
         started(handle.run.pid)
         try:

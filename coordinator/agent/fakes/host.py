@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,17 @@ from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.criu import FakeCheckpointer
 from coordinator.agent.fakes.images import FakeImageSpace
-from coordinator.agent.fakes.memory import OUTER_PID, FakeFilling, FakeTrackers, fake_read
+from coordinator.agent.fakes.memory import FakeFilling, fake_memory_source
 from coordinator.agent.fakes.network import fake_network
 from coordinator.agent.fakes.world import Life, Machine
 from coordinator.agent.half import Adapters
-from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.process import Command
 from coordinator.agent.runtimes.base import Tasks
 from coordinator.agent.source import SourceHalf
 from coordinator.errors import CommandFailed, RestoreFailed
 from coordinator.events import EventSink
 from coordinator.journal import Journal
-from coordinator.protocol import Credentials, MemoryPolicy, MigrationPlan
+from coordinator.protocol import Credentials, MigrationPlan
 from netfix.movers.base import Role
 
 ROOT_PID = 100
@@ -106,32 +104,12 @@ def fake_adapters(life: Life, plan: MigrationPlan, role: Role) -> Adapters:
         criu=FakeCheckpointer(life),
         images=FakeImageSpace(life),
         network=fake_network(life, plan, role),
-        memory_source=lambda policy: fake_memory_source(life, policy),
+        memory_source=lambda policy: fake_memory_source(life, policy, _now),
         memory_destination=lambda: FakeFilling(life),
         pace=lambda _: None,
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,
         mend=mend,
-    )
-
-
-def fake_memory_source(life: Life, policy: MemoryPolicy) -> MemorySource:
-    """The real ``MemorySource`` over the world's memory."""
-    machine = life.machine
-
-    def processes(_: int) -> dict[int, int]:
-        return {pid: OUTER_PID + pid for pid in sorted({pid for pid, _ in machine.memory})}
-
-    def started(pid: int) -> int | None:
-        return 1 if machine.copy in ("running", "frozen") else None
-
-    return MemorySource(
-        policy,
-        lambda _: FakeTrackers(life),
-        clock=_now,
-        read=partial(fake_read, life),
-        processes=processes,
-        started=started,
     )
 
 

@@ -56,6 +56,7 @@ class Machine:
     keepers: set[str] = field(default_factory=set)  # who has a userfaultfd: without any, missing pages read as zero
     daemon: Callable[[Page], Awaitable[bool]] | None = None  # has the filler bring in a page
     trackers: int = 0
+    refusal: str = ""  # why nothing can be hidden from CRIU here
     registered: bool = False  # the runtime knows the workload
     gates: dict[str, GateState] = field(default_factory=dict)
     files: dict[str, bytes] | None = None  # the image space

@@ -41,7 +41,8 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 @pytest.fixture
 def criu(tmp_path: Path) -> HeldCriu:
     (tmp_path / "work").mkdir()
-    return HeldCriu(tmp_path / "work")
+    (tmp_path / "images").mkdir()
+    return HeldCriu(tmp_path / "work", tmp_path / "images")
 
 
 @pytest.fixture
