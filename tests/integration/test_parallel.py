@@ -43,8 +43,7 @@ def test_one_that_ends_takes_nothing_from_one_that_holds_packets(lab: Lab, tmp_p
                 hold.go()
                 said = [each.finish() for each in (first, second)]
             assert [each.status for each in said] == [0, 0], [each.stderr for each in said]
-            told = [each for one in said for each in one.report["warnings"] if "CAP_SYS_RESOURCE" not in each]
-            assert told == []
+            assert [each for one in said for each in one.report["warnings"] if "the hold" in each] == []
             until(lambda: answers_since(before, clients) > 100, "answers")
             seen = clients.stop()["clients"]
         assert [{**client, "sent": client["answered"]} for client in seen] == seen, "none is lost"
