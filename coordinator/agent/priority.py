@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Literal
+
+from coordinator.agent.tasks import process_tree, threads
 
 Pace = Literal["background", "urgent", "usual"]
 
 _URGENT_NICE = -10
-_TASKS = Path("/proc/self/task")
 
 
 def set_pace(pace: Pace) -> None:
     """``background``: let everybody else on this host go first. ``urgent``: go before ordinary processes, with all that
-    is started from here on. ``usual``: be an ordinary process."""
+    this process has started, as a CRIU that was loaded in the background. ``usual``: be an ordinary process."""
     policy = os.SCHED_IDLE if pace == "background" else os.SCHED_OTHER
-    _set(policy, _URGENT_NICE if pace == "urgent" else 0)
+    pids = process_tree(os.getpid()) if pace == "urgent" else [os.getpid()]
+    for pid in pids:
+        _set(pid, policy, _URGENT_NICE if pace == "urgent" else 0)
 
 
-def _set(policy: int, nice: int) -> None:
+def _set(pid: int, policy: int, nice: int) -> None:
     """For every thread: in Linux these belong to threads, and new ones inherit them (sched(7)). Without CAP_SYS_NICE
     nothing changes, which costs speed and nothing else."""
-    for task in _TASKS.iterdir():
+    for thread in threads(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.sched_setscheduler(int(task.name), policy, os.sched_param(0))
-            os.setpriority(os.PRIO_PROCESS, int(task.name), nice)
+            os.sched_setscheduler(thread, policy, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -153,7 +153,6 @@ class SourceHalf(Half):
 
     async def _load_criu(self) -> Dump:
         """Start CRIU up to its last step before the freeze, so that its start is not part of the freeze."""
-        self.adapters.pace("urgent")
         lazy = self.memory.lazy
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
@@ -169,6 +168,7 @@ class SourceHalf(Half):
 
         I2: we are silent before the destination answers, so at no instant do two hosts answer for an address."""
         await self.settling.before_divert()
+        self.adapters.pace("urgent")
         self.deeds.record("addresses")
         self.enter(Phase.DIVERTED)
         await self.network.set_gate(SILENT)

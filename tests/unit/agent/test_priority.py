@@ -1,0 +1,43 @@
+"""Paces of this process, and of what it has started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from coordinator.agent.priority import set_pace
+
+
+@pytest.fixture
+def child() -> Iterator[int]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process.pid
+        process.kill()
+    set_pace("usual")
+
+
+def pace_of(pid: int) -> tuple[int, int]:
+    return os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="going before others needs root")
+def test_what_was_started_in_the_background_becomes_urgent_too(child: int) -> None:
+    set_pace("background")
+    assert pace_of(0) == (os.SCHED_IDLE, 0)
+    with subprocess.Popen(["sleep", "1000"]) as late:
+        assert pace_of(late.pid) == (os.SCHED_IDLE, 0)
+        set_pace("urgent")
+        assert pace_of(0) == pace_of(child) == pace_of(late.pid) == (os.SCHED_OTHER, -10)
+        late.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="going before others needs root")
+def test_only_the_agent_itself_goes_back_to_usual(child: int) -> None:
+    """Below it may be restored tasks, which have a pace of their own."""
+    set_pace("urgent")
+    set_pace("usual")
+    assert pace_of(0) == (os.SCHED_OTHER, 0)
+    assert pace_of(child) == (os.SCHED_OTHER, -10)
