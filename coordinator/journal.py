@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -154,6 +154,10 @@ class Journal:
         """Record that the change of that number is undone, or needs no undoing any more."""
         self._append("undone", durable=False, number=number)
         self.state.deeds.pop(number, None)
+
+    def freeze_parts(self, parts: Sequence[tuple[str, float]]) -> None:
+        """Record, when it is over, where a freeze has gone: each part with its milliseconds, in their order."""
+        self._append("freeze", durable=False, parts=[{"name": name, "ms": round(ms, 3)} for name, ms in parts])
 
     def close(self) -> None:
         """Close the file; records stay."""

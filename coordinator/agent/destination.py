@@ -112,6 +112,7 @@ class DestinationHalf(HalfWithMemory):
             return await uninterrupted(self._stay_in_doubt(f"staged, and then the source was not heard of: {known}"))
         # I1: the source has this on its disk already, and never runs the tasks again.
         try:
+            self.part("GO received")
             self.enter(Phase.COMMITTED)
         except OSError as error:  # the disk is full: a recovery commits when it is not
             return await uninterrupted(self._stay_in_doubt(f"told to run, and the journal cannot be written: {error}"))
@@ -152,17 +153,22 @@ class DestinationHalf(HalfWithMemory):
         restore = await self._load_restore()
         await expect(self._link(), FrozenNow)
         self.enter(Phase.FROZEN)
+        self.part("told of the freeze")
         pages_later, self._received_bytes = await receive_images(self._link(), self.images, self._memory, self._track)
         self.enter(Phase.DUMPED)
+        self.part("dump, pages and images arrive")
         self._fetcher = PageFetcher(self._link()) if pages_later else None
         self._go = asyncio.ensure_future(self._receive_go())
         if self._memory is not None:
             fetch = self._fetcher.fetch if self._fetcher is not None else None
             await self._memory.serve(self.images.images, fetch)
+            self.part("filler started")
         restore.begin()
         root_pid = await self._staged(restore, self._go)
+        self.part("CRIU restores")
         if self._memory is not None:
             await self._memory.watch(root_pid)
+            self.part("guard watches")
 
     async def _track(self, entries: bytes) -> None:
         """Make the source's entries of tracked connections before a packet of theirs meets a firewall here."""
@@ -225,6 +231,7 @@ class DestinationHalf(HalfWithMemory):
         doubts: list[LivemoveError] = []
         try:
             await self._let_out()
+            self.part("gate opened outwards")
         except Exception as error:  # what they send is lost behind the gate, and they send it again
             doubts.append(as_livemove_error(error, "letting packets out"))
         try:
@@ -266,11 +273,13 @@ class DestinationHalf(HalfWithMemory):
             return
         async with asyncio.timeout(self.plan.deadlines.resume_s):
             await self._restore.resumed()
+        self.part("tasks run")
 
     async def _release_held(self) -> None:
         if not self.deeds.recorded("gate"):
             return  # a recovery of a half that had removed it already
         held = await self.network.release_arrivals()
+        self.part("held packets released")
         if self._restore is not None:  # a recovery has held nothing
             self._report_hold(held)
 
@@ -287,6 +296,7 @@ class DestinationHalf(HalfWithMemory):
     async def _record_resumed(self) -> None:
         if self.journal.phase is Phase.COMMITTED:  # else this is a recovery that finds it resumed
             self.enter(Phase.RESUMED, durable=True)
+            self.record_parts()
 
     async def _mend(self) -> None:
         """Without it connections are slower, and nothing is wrong with them."""

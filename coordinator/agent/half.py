@@ -68,6 +68,7 @@ class Half:
         self._began = clock()
         self._progress_at = 0.0
         self._entered: list[tuple[Phase, float]] = []
+        self._parts: list[tuple[str, float]] = []
 
     def undoers(self) -> dict[str, Undoer]:
         """How each deed of this half is undone."""
@@ -109,6 +110,21 @@ class Half:
             state="started",
         )
         self._sink(event)
+
+    def part(self, name: str) -> None:
+        """The part of the freeze of that name ends now, and the next begins; the first name is of what was before."""
+        self._parts.append((name, self.clock()))
+
+    def record_parts(self) -> None:
+        """Write to the journal where the freeze has gone. After it: a record takes time, too."""
+        times = zip(self._parts, self._parts[1:], strict=False)
+        parts = [(name, (end - begin) * 1000) for (_, begin), (name, end) in times]
+        if not parts:
+            return  # a recovery has seen no freeze
+        try:
+            self.journal.freeze_parts(parts)
+        except OSError as failure:
+            self.warn(f"the journal on {self.host} cannot be written: {failure}")
 
     def warn(self, *warnings: str) -> None:
         """Tell of something that went wrong without changing the outcome."""

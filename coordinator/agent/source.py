@@ -112,6 +112,7 @@ class SourceHalf(Half):
         # after it they never run here again. No await lies between STAGED and it, so nothing can come between.
         try:
             self.enter(Phase.COMMITTED, durable=True)
+            self.part("the commit recorded")
         except OSError as error:  # the record does not exist: it is written wholly or not at all
             return await uninterrupted(self.give_up(as_livemove_error(error, "recording the commit point")))
         return await uninterrupted(self._commit())
@@ -126,12 +127,16 @@ class SourceHalf(Half):
             await self.tracked.send_rest(self._link())
             await dump.dumped()
             self.enter(Phase.DUMPED)
+            self.part("CRIU dumps")
             await self.memory.last(self._root_pid, self._link())
+            self.part("last pages sent")
             await self._send_images()
             await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
+            self.part("images sent")
             self._sockets = await self.network.sockets(self._root_pid)
             self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
             await self.memory.serve_until(self._link(), Staged)
+            self.part("the destination restores")
         self.enter(Phase.STAGED)
 
     async def _copy(self) -> None:
@@ -185,9 +190,11 @@ class SourceHalf(Half):
         service writes in the milliseconds between stays in its send queues and is dumped with them (I4)."""
         await self.network.set_gate(CLOSED)
         self._frozen_at = self.clock()
+        self.part("gate closed")
         self.enter(Phase.FROZEN)
         dump.freeze(self._root_pid)
         await self._link().send(FrozenNow())
+        self.part("CRIU told to freeze")
 
     async def _send_images(self) -> None:
         """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""
@@ -217,6 +224,7 @@ class SourceHalf(Half):
             await self._link().send(Go())
             async with asyncio.timeout(self.plan.deadlines.resume_s):
                 await self.memory.serve_until(self._link(), Resumed)
+                self.part("the destination resumes")
         except Exception as error:
             # Whether GO arrived is unknown, and only the destination can tell. Our copy is of no use any more (I3), but
             # the gate stays closed until a recovery knows.
@@ -228,6 +236,7 @@ class SourceHalf(Half):
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
         self.adapters.pace("usual")
         self.enter(Phase.RESUMED, durable=True)
+        self.record_parts()
         if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
             self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
         if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 import click
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from labs import entry
 from labs.benchmarks.connections import ConnectionsBench
@@ -20,7 +19,7 @@ from labs.benchmarks.measure import Row
 from labs.benchmarks.memory import MemoryBench
 from labs.benchmarks.plain import LIMIT_S
 from labs.benchmarks.session import Settings, kernel, load_average, only_one
-from labs.benchmarks.tables import connections_table, gap_table, memory_table
+from labs.benchmarks.tables import connections_table, gap_table, memory_tables
 from labs.commands import LabError
 from labs.steps import Steps
 
@@ -88,7 +87,7 @@ def memory_command(
     """
     steps, found = Steps(Console(stderr=True)), list[Row]()
     bench = MemoryBench(Settings(name, mode, steps), sizes, dirty_mb_s, runs)
-    _run(bench, name, found, "cases", memory_table, as_json=as_json)
+    _run(bench, name, found, "cases", memory_tables, as_json=as_json)
 
 
 @cli.command("gap")
@@ -133,7 +132,13 @@ def connections_command(*, counts: tuple[int, ...], limit_s: float, mode: str, n
 
 
 def _run(
-    bench: Benchmark, lab: str, found: list[Row], title: str, table: Callable[[list[Row]], Table], *, as_json: bool
+    bench: Benchmark,
+    lab: str,
+    found: list[Row],
+    title: str,
+    table: Callable[[list[Row]], RenderableType],
+    *,
+    as_json: bool,
 ) -> NoReturn:
     """Run a benchmark, show what it found, and end with the status that says how it went."""
     problems: list[str] = []

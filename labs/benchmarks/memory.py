@@ -10,6 +10,7 @@ from typing import Any
 
 from labs import workloads
 from labs.benchmarks import locks
+from labs.benchmarks.freeze import freeze_parts, median_parts
 from labs.benchmarks.measure import (
     Gap,
     Number,
@@ -81,6 +82,7 @@ class MemoryBench:
             "used_memory_mb": used_mb,
             "dirty_mb_s": self.dirty_mb_s,
             "mode": "/".join(sorted({row["mode"] for row in taken[LIVEMOVE]})) or self.settings.mode,
+            "freeze_parts": median_parts([row.pop("freeze_parts") for row in taken[LIVEMOVE]]),
             LIVEMOVE: summary(taken[LIVEMOVE], used_mb),
             PLAIN: summary(taken[PLAIN], used_mb),
             **ratios(taken[LIVEMOVE], taken[PLAIN]),
@@ -114,6 +116,8 @@ class MemoryBench:
             "cpu_s": round(used[0].cpu_s + used[1].cpu_s, 3),
             "bytes_sent": used[0].sent_bytes if kind == LIVEMOVE else result["image_bytes"],
         }
+        if kind == LIVEMOVE:
+            row["freeze_parts"] = freeze_parts(service.lab, result)
         row["wrong_bytes"] += checked["wrong_pages"] * PAGE_BYTES
         if checked["wrong_pages"]:
             row["troubles"].append(f"{checked['wrong_pages']} of {checked['pages']} pages are wrong")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from labs.benchmarks.measure import Row
@@ -56,6 +57,21 @@ def memory_table(cases: Sequence[Row]) -> Table:
                 str(seen["wrong_bytes"]),
                 number(case["gap_ratio"], 3) if kind == "livemove" else "",
             )
+    return table
+
+
+def memory_tables(cases: Sequence[Row]) -> Group:
+    """What clients noticed, and where the freezes went."""
+    return Group(memory_table(cases), "", freeze_table(cases))
+
+
+def freeze_table(cases: Sequence[Row]) -> Table:
+    """A line for each part of a freeze, a column a size. The two hosts' parts are at the same time."""
+    sizes = [f"{case['memory_mb']} MB" for case in cases]
+    table = _table("Where livemove's freeze goes, medians in ms", ("host", "part that ends"), sizes)
+    for role in ("source", "destination"):
+        for name in dict.fromkeys(name for case in cases for name in case["freeze_parts"][role]):
+            table.add_row(role, name, *(number(case["freeze_parts"][role].get(name), 1) for case in cases))
     return table
 
 

@@ -49,6 +49,8 @@ def test_memory_measures_both_ways_to_move_and_finds_no_wrong_byte(other_lab_nam
     assert (case["memory_mb"], case["dirty_mb_s"]) == (16, 10)
     assert case["mode"] in {"stop-copy", "pre-copy", "post-copy", "hybrid"}
     assert case["gap_ratio"] > 0
+    assert {"CRIU dumps", "images sent"} < case["freeze_parts"]["source"].keys()
+    assert {"CRIU restores", "tasks run"} < case["freeze_parts"]["destination"].keys()
     for kind in ("livemove", "plain"):
         seen = case[kind]
         assert seen.keys() >= MEASURED

@@ -72,6 +72,16 @@ def test_an_illegal_phase_is_not_recorded(tmp_path: Path) -> None:
     assert journal.phase is read_state(journal.path).phase is Phase.OPENED
 
 
+def test_where_a_freeze_went_is_a_record_that_changes_nothing(tmp_path: Path) -> None:
+    journal = make(tmp_path)
+    before = read_state(journal.path)
+    journal.freeze_parts([("CRIU dumps", 30.12345), ("images sent", 2.0)])
+    assert read_state(journal.path) == before
+    record = json.loads(journal.path.read_text().splitlines()[-1])
+    assert record["kind"] == "freeze"
+    assert record["parts"] == [{"name": "CRIU dumps", "ms": 30.123}, {"name": "images sent", "ms": 2.0}]
+
+
 def test_what_is_recorded_is_read_again(tmp_path: Path) -> None:
     journal = make(tmp_path)
     kept = journal.deed("gate", {"pid": 7})
