@@ -17,6 +17,7 @@ from coordinator.agent.messages import (
     ImagesComplete,
     RoundEnd,
     RoundStored,
+    SmallImages,
     StoredParts,
     TrackedConnections,
 )
@@ -34,8 +35,8 @@ async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemor
         message, payload = await link.receive()
         if isinstance(message, Divert):
             return
-        if isinstance(message, ImageChunk):
-            images.write(message.name, message.offset, payload)
+        if isinstance(message, ImageChunk | SmallImages):
+            _write(message, payload, images)
         elif isinstance(message, TrackedConnections):
             await _track(link, track, message, payload)
         elif isinstance(message, RoundEnd):
@@ -57,8 +58,8 @@ async def receive_images(
         message, payload = await link.receive()
         if memory is not None and memory.take(message, payload):
             continue
-        if isinstance(message, ImageChunk):
-            images.write(message.name, message.offset, payload)
+        if isinstance(message, ImageChunk | SmallImages):
+            _write(message, payload, images)
             received += len(payload)
         elif isinstance(message, TrackedConnections):
             await _track(link, track, message, payload)
@@ -78,6 +79,18 @@ async def _track(link: Channel, track: Track, message: TrackedConnections, entri
     await track(entries)
     if message.acknowledge:
         await link.send(ConnectionsTracked())
+
+
+def _write(message: ImageChunk | SmallImages, payload: bytes, images: ImageSpace) -> None:
+    if isinstance(message, ImageChunk):
+        images.write(message.name, message.offset, payload)
+        return
+    if sum(message.sizes) != len(payload):
+        raise ProtocolError(f"images of {sum(message.sizes)} bytes are said to come, {len(payload)} came")
+    offset = 0
+    for name, size in zip(message.names, message.sizes, strict=True):
+        images.write(name, 0, payload[offset : offset + size])
+        offset += size
 
 
 def _write_stored(message: StoredParts, images: ImageSpace, memory: FillingMemory) -> None:

@@ -11,7 +11,7 @@ import contextlib
 from functools import cached_property
 from typing import Any
 
-from coordinator.agent.channel import CHUNK_BYTES, Channel, expect
+from coordinator.agent.channel import Channel, expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.half import ANY_REASON, Half, as_livemove_error, uninterrupted
@@ -25,12 +25,11 @@ from coordinator.agent.messages import (
     GaveUp,
     GiveUp,
     Go,
-    ImageChunk,
     ImagesComplete,
     Resumed,
     Staged,
-    StoredParts,
 )
+from coordinator.agent.outgoing import send_images
 from coordinator.agent.runtimes.base import Tasks
 from coordinator.agent.settling import Settling
 from coordinator.agent.tracking import TrackedSource
@@ -198,25 +197,8 @@ class SourceHalf(Half):
 
     async def _send_images(self) -> None:
         """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""
-        sizes = self.images.sizes()
         stored = self.memory.images(self.images)
-        self._frozen_bytes = 0
-        for name, size in sorted(sizes.items()):
-            pid, spans = stored.get(name, (0, []))
-            whole = [(0, size)]
-            wanted = [(span.offset, span.bytes) for span in spans if not span.sent] if spans else whole
-            for offset, length in wanted:
-                await self._send_image(name, offset, length, sum(sizes.values()))
-            if have := [span for span in spans if span.sent]:
-                offsets, starts, counts = zip(*((span.offset, span.address, span.pages) for span in have), strict=True)
-                await self._link().send(StoredParts(name=name, pid=pid, offsets=offsets, starts=starts, counts=counts))
-
-    async def _send_image(self, name: str, start: int, length: int, total: int) -> None:
-        for offset in range(start, start + max(length, 1), CHUNK_BYTES):
-            chunk = self.images.read(name, offset, min(CHUNK_BYTES, start + length - offset))
-            await self._link().send(ImageChunk(name=name, offset=offset), chunk)
-            self._frozen_bytes += len(chunk)
-            self.progress("images", self._frozen_bytes, total)
+        self._frozen_bytes = await send_images(self._link(), self.images, stored, self.progress)
 
     async def _commit(self) -> HalfResult:
         """Say GO, wait for the destination's word, and clean up."""
