@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from coordinator.config_section import Problems, Section, address_of, cidr, did_you_mean, ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import OCI_RUNTIMES, WorkloadSpec
 from coordinator.protocol import Deadlines, GiveUpMode, MemoryPolicy, Mode
 from coordinator.wire import encode
 
@@ -24,8 +24,11 @@ DEFAULT_PATH = Path("livemove.toml")
 ENVIRONMENT_VARIABLE = "LIVEMOVE_CONFIG"
 
 HOST_KEYS = ("ssh", "key", "known_hosts", "interface", "channel_address")
-RUNTIME_KEYS: dict[str, tuple[str, ...]] = {"runc": ("container", "bundle"), "process": ("pid_file", "root_pid")}
-WORKLOAD_KEYS = ("runtime", "addresses", *(key for keys in RUNTIME_KEYS.values() for key in keys))
+RUNTIME_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(OCI_RUNTIMES, ("container", "bundle")),
+    "process": ("pid_file", "root_pid"),
+}
+WORKLOAD_KEYS = ("runtime", "addresses", *dict.fromkeys(key for keys in RUNTIME_KEYS.values() for key in keys))
 MODES = ("auto", *get_args(Mode))
 GIVE_UPS = get_args(GiveUpMode)
 POLICY_KEYS = (*Deadlines.__dataclass_fields__, *MemoryPolicy.__dataclass_fields__)
@@ -213,13 +216,13 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
         )
         return None
     for other, keys in RUNTIME_KEYS.items():
-        for key in keys:
-            if other != runtime and key in section.table:
+        for key in set(keys) - set(RUNTIME_KEYS[runtime]):
+            if key in section.table:
                 section.problem(key, f'not allowed with runtime = "{runtime}"; remove it, or write runtime = "{other}"')
-    if runtime == "runc":
+    if runtime in OCI_RUNTIMES:
         return WorkloadSpec(
             name=name,
-            runtime="runc",
+            runtime=cast(Any, runtime),
             addresses=addresses,
             container=section.text("container", 'container = "counter"', pattern=_CONTAINER),
             bundle=section.absolute("bundle", 'bundle = "/srv/counter"'),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+RuntimeName = Literal["runc", "crun", "process"]
+#: Those with runc's command line, whose containers are known by an id and a bundle.
+OCI_RUNTIMES: tuple[Literal["runc", "crun"], ...] = ("runc", "crun")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSpec:
     """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form."""
 
     name: str
-    runtime: Literal["runc", "process"]
+    runtime: RuntimeName
     addresses: tuple[str, ...]
     container: str | None = None
     bundle: str | None = None
@@ -139,8 +143,9 @@ class WorkloadFacts:
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
     thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
     container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
-    the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where it has one;
-    ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run it."""
+    the id of a migration of it that is unfinished here. ``runtime_problem``: why the runtime's word is not to
+    be trusted. ``namespace``: its own network namespace, where it has one; ``namespace_taken``: the path at which it
+    would be, and where something is, on a host that does not run it."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0
@@ -150,6 +155,7 @@ class WorkloadFacts:
     addresses: dict[str, str] = field(default_factory=dict)
     bundle_present: bool = True
     bundle_problem: str = ""
+    runtime_problem: str = ""
     bundle_digest: str = ""
     executable: str = ""
     obstacles: tuple[Obstacle, ...] = ()

@@ -111,7 +111,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "CGROUP_MISSING",
             "error",
-            "No cgroup hierarchy is mounted, and runc needs one.",
+            "No cgroup hierarchy is mounted, and container runtimes need one.",
             "Mount cgroup2 at /sys/fs/cgroup.",
         ),
         Check(
@@ -163,6 +163,12 @@ CHECKS: dict[str, Check] = {
             "error",
             "More than one host runs the workload, so that nothing can tell which one is to be moved.",
             "Stop all copies but one.",
+        ),
+        Check(
+            "RUNTIME_LOST_IT",
+            "error",
+            "The runtime cannot tell what it has of the container, or lost its state file while the container runs.",
+            "End what is left of the container there (its control group's cgroup.kill), and start it anew.",
         ),
         Check(
             "WORKLOAD_BUSY",
@@ -217,7 +223,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "CGROUP_DIFFERS",
             "error",
-            "The hosts' cgroup modes differ, so that runc cannot restore the container's groups.",
+            "The hosts' cgroup modes differ, so that the runtime cannot restore the container's groups.",
             "Boot both hosts with the same mode, best cgroup v2.",
         ),
         Check(
@@ -237,7 +243,7 @@ CHECKS: dict[str, Check] = {
             "ALREADY_PRESENT",
             "error",
             "The destination has a container of that id, which is not running.",
-            "Remove it there: runc delete ID.",
+            "Remove it there with the runtime: runc delete ID, crun delete ID.",
         ),
         Check(
             "BUNDLE_MISSING",

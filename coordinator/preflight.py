@@ -14,6 +14,7 @@ from ipaddress import IPv6Address, ip_address, ip_interface
 
 from coordinator.errors import LivemoveError
 from coordinator.facts import (
+    OCI_RUNTIMES,
     CriuFacts,
     HostFacts,
     LeftoverFacts,
@@ -34,7 +35,7 @@ _FIRST_CRIU_WITHOUT_PASSCRED = (4, 2)
 _RELEASES_PER_MAJOR = 20
 _MUCH_OLDER_RELEASES = 10
 #: Runtimes that must be installed; a plain process needs none.
-_INSTALLED_RUNTIMES = frozenset({"runc"})
+_INSTALLED_RUNTIMES = frozenset(OCI_RUNTIMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ def _is_old_for_kernel(criu: CriuFacts, kernel: str) -> bool:
 def _host_runtimes(host: str, facts: HostFacts, runtimes: frozenset[str]) -> Iterator[Finding]:
     for runtime in sorted(runtimes & _INSTALLED_RUNTIMES - facts.runtimes.keys()):
         yield finding("RUNTIME_MISSING", host, f"no {runtime} in the PATH", f"Install {runtime}.")
-    if "runc" in runtimes and facts.cgroup == "none":
+    if runtimes & _INSTALLED_RUNTIMES and facts.cgroup == "none":
         yield finding("CGROUP_MISSING", host, "no cgroup hierarchy is mounted")
 
 
@@ -215,6 +216,8 @@ def _placement(facts: MoveFacts) -> Iterator[Finding]:
             yield finding(
                 "WORKLOAD_BUSY", host, f"{name} is part of migration {each.moving}, which is unfinished", hint
             )
+        if each.runtime_problem:
+            yield finding("RUNTIME_LOST_IT", host, each.runtime_problem)
     if len(running) > 1:
         yield finding("RUNS_ON_SEVERAL", name, f"{name} runs on {' and on '.join(running)}")
     if running:
@@ -240,7 +243,11 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
     if here.criu and there.criu and numbers(here.criu.version) != numbers(there.criu.version):
         message = f"CRIU {there.criu.version} there, {here.criu.version} on {source}"
         yield finding("CRIU_VERSIONS_DIFFER", destination, message)
-    if facts.workload.runtime == "runc" and "none" not in (here.cgroup, there.cgroup) and here.cgroup != there.cgroup:
+    if (
+        facts.workload.runtime in OCI_RUNTIMES
+        and "none" not in (here.cgroup, there.cgroup)
+        and here.cgroup != there.cgroup
+    ):
         yield finding("CGROUP_DIFFERS", destination, f"cgroup {there.cgroup} there, {here.cgroup} on {source}")
     if here.interface and there.interface and here.interface.mtu != there.interface.mtu:
         message = (
@@ -258,7 +265,9 @@ def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) ->
     workload, destination = facts.workload, facts.destination
     if there.state == "stopped":
         message = f"{destination} has a container {workload.container} already, which is not running"
-        yield finding("ALREADY_PRESENT", destination, message, f"Remove it there: runc delete {workload.container}.")
+        yield finding(
+            "ALREADY_PRESENT", destination, message, f"Remove it there: {workload.runtime} delete {workload.container}."
+        )
     if not there.bundle_present:
         what = there.bundle_problem or f"{workload.bundle or here.executable} is missing"
         yield finding("BUNDLE_MISSING", destination, what)

@@ -81,7 +81,7 @@ def install(lab: Lab, workload: Workload) -> None:
     for station in HOSTS:
         machine = lab.host(station.name)
         _install_code(machine)
-        if workload.runtime == "runc":
+        if workload.container:
             _install_bundle(machine, workload)
 
 
@@ -104,7 +104,7 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
             undo.callback(machine.run, ["ip", "address", "del", address, "dev", INTERFACE], check=False)
         _forget_neighbours(lab, workload)
         undo.callback(_end, machine, workload)
-        if workload.runtime == "runc":
+        if workload.container:
             _run_container(machine, workload)
         else:
             _run_process(machine, workload)
@@ -187,7 +187,7 @@ def own_network(machine: Host, workload: Workload) -> None:
 def _run_container(machine: Host, workload: Workload) -> None:
     assert workload.bundle and workload.container
     log = f"/run/{workload.container}.log"
-    argv = ["runc", "run", "--detach", "--bundle", workload.bundle, workload.container]
+    argv = [workload.runtime, "run", "--detach", "--bundle", workload.bundle, workload.container]
     # A pipe to us would become part of the container, and could not be restored anywhere else.
     done = _shell(machine, f"{shlex.join(argv)} </dev/null >/dev/null 2>{log}", check=False)
     if done.returncode != 0:
@@ -203,21 +203,22 @@ def _run_process(machine: Host, workload: Workload) -> None:
 def _wait_until_listening(machine: Host, workload: Workload) -> None:
     deadline = time.monotonic() + LISTEN_TIMEOUT_S
     while not listening_pids(machine, workload):
-        if time.monotonic() > deadline or (workload.container and not _runs(machine, workload.container)):
+        if time.monotonic() > deadline or (workload.container and not _runs(machine, workload)):
             said = machine.run(["cat", f"/run/{workload.container}.log"], check=False).stdout
             raise LabError(f"{machine.name}: {workload.name} does not listen on port {PORT}\n{said}".rstrip())
         time.sleep(0.02)
 
 
-def _runs(machine: Host, container: str) -> bool:
-    state = machine.run(["runc", "state", container], check=False)
+def _runs(machine: Host, workload: Workload) -> bool:
+    assert workload.container
+    state = machine.run([workload.runtime, "state", workload.container], check=False)
     return state.returncode == 0 and json.loads(state.stdout)["status"] in ("created", "running")
 
 
 def _end(machine: Host, workload: Workload) -> None:
     """End the service on one host, container or process, whatever became of it."""
     if workload.container:
-        machine.run(["runc", "delete", "--force", workload.container], check=False)
+        machine.run([workload.runtime, "delete", "--force", workload.container], check=False)
     deadline = time.monotonic() + END_TIMEOUT_S
     while pids := listening_pids(machine, workload):
         if time.monotonic() > deadline:

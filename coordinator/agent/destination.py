@@ -169,9 +169,10 @@ class DestinationHalf(HalfWithMemory):
 
     async def _load_restore(self) -> Restore:
         """Start the restore up to where it needs images, so that the runtime's start is not part of the freeze."""
-        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=self._memory is not None)
+        lazy = self._memory is not None
+        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("restore", durable=False)
-        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"))
+        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"), lazy=lazy)
         return self._restore
 
     async def _receive_go(self) -> Go:

@@ -20,9 +20,18 @@ from coordinator.agent.obstacles import obstacles, socket_obstacles
 from coordinator.agent.own_namespace import configured_path, own_namespace
 from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
+from coordinator.agent.runtimes.oci import stray_processes
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
-from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, LeftoverFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    OCI_RUNTIMES,
+    CriuFacts,
+    HostFacts,
+    InterfaceFacts,
+    LeftoverFacts,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from netfix.address import NetlinkAddressBook
 from netfix.conntrack import NetlinkConnectionTable
 from netfix.errors import NetfixError, NoSuchInterfaceError
@@ -40,7 +49,6 @@ _CAPABILITIES = {
     "CAP_SYS_RESOURCE": 24,
     "CAP_CHECKPOINT_RESTORE": 40,
 }
-_RUNTIMES = ("runc",)
 #: ``criu check --feature``: time namespaces let CLOCK_MONOTONIC go on without a jump on the other host; non-cooperative
 #: userfaultfd lets memory follow behind the restored tasks.
 _FEATURES = ("timens", "uffd-noncoop")
@@ -59,7 +67,7 @@ async def describe_host(interface: str, unfinished: tuple[str, ...]) -> HostFact
         euid=os.geteuid(),
         missing_capabilities=missing_capabilities(),
         criu=await _criu(),
-        runtimes={name: version for name in _RUNTIMES if (version := await _version(name))},
+        runtimes={name: version for name in OCI_RUNTIMES if (version := await _version(name))},
         cgroup=cgroup_mode(),
         nf_tables=nf_tables,
         interface=await _interface(interface),
@@ -174,7 +182,7 @@ async def describe_workload(
         tasks = await runtime.find()
     except CommandFailed as error:
         report(str(error))
-        return WorkloadFacts(state="absent", addresses=addresses, bundle_problem=error.message, moving=moving)
+        return WorkloadFacts(state="absent", addresses=addresses, runtime_problem=error.message, moving=moving)
     digest, problem = bundle_digest(workload)
     common = {
         "addresses": addresses,
@@ -188,7 +196,8 @@ async def describe_workload(
         state = tasks.state if tasks.state != "running" else "absent"
         path = configured_path(workload)
         taken = str(path) if path is not None and path.exists() else ""
-        return WorkloadFacts(state=state, namespace_taken=taken, **common)  # type: ignore[arg-type]
+        stray = _stray(workload) if state == "absent" else ""
+        return WorkloadFacts(state=state, namespace_taken=taken, runtime_problem=stray, **common)  # type: ignore[arg-type]
     own = own_namespace(workload, tasks.root_pid)
     if own.facts is not None:
         common["addresses"] = {each: own.facts.interface for each in workload.addresses if each in own.facts.addresses}
@@ -218,6 +227,15 @@ async def describe_workload(
         ),
         **common,  # type: ignore[arg-type]
     )
+
+
+def _stray(workload: WorkloadSpec) -> str:
+    """What is left of a container that its runtime does not know."""
+    if workload.bundle is None or workload.container is None:
+        return ""
+    pids = stray_processes(Path(workload.bundle), workload.container)
+    named = f"{workload.runtime} does not know the container {workload.container}"
+    return f"{named}, and its control group has processes: {', '.join(map(str, pids))}" if pids else ""
 
 
 async def _addresses(workload: WorkloadSpec) -> dict[str, str]:

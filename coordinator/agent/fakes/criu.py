@@ -223,7 +223,7 @@ class FakeCheckpointer:
         handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Restore:
         """See ``Checkpointer``."""
         run = await self._start(journal, (POST_RESTORE,), RestoreFailed("CRIU does not start"))
         handle = FakeRestore(self._life, run, run.begin(run.restore()), RestoreFailed("CRIU fails"))

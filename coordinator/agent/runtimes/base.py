@@ -28,7 +28,8 @@ class Runtime(Protocol):
 
     def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that dumps the running tasks with their connections into ``images``, logs into ``work``;
-        ``lazy``: without the pages that can be filled in later."""
+        ``lazy``: without the pages that can be filled in later, which CRIU is told by our hook's configuration file;
+        for a runtime that would tell it otherwise."""
 
     def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that restores them, detached."""

@@ -55,17 +55,17 @@ class ProcessTree:
     def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
         """See ``Runtime``."""
         options = ("--tree", str(tasks.root_pid), "--log-file", "dump.log")
-        return Command(("criu", "dump", *options, *self._options(images, work, lazy)), {})
+        return Command(("criu", "dump", *options, *self._options(images, work)), {})
 
     def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
         """See ``Runtime``."""
         options = ("--restore-detached", "--log-file", "restore.log")
-        return Command(("criu", "restore", *options, *self._options(images, work, lazy)), {})
+        return Command(("criu", "restore", *options, *self._options(images, work)), {})
 
     @staticmethod
-    def _options(images: Path, work: Path, lazy: bool) -> tuple[str, ...]:
+    def _options(images: Path, work: Path) -> tuple[str, ...]:
         folders = ("--images-dir", str(images), "--work-dir", str(work))
-        return (*folders, "--tcp-established", "--file-locks", "-v2", *(("--lazy-pages",) if lazy else ()))
+        return (*folders, "--tcp-established", "--file-locks", "-v2")
 
     async def adopt(self) -> int:
         """See ``Runtime``: writes the pid file, for whoever supervises the process here."""

@@ -90,7 +90,7 @@ def sleeping() -> subprocess.Popen[bytes]:
 
 
 async def begun(criu: HeldCriu, journal: Journal, text: str = RESTORE) -> Restore:
-    restore = await criu.restore(restoring(text), journal.path, lambda _: None)
+    restore = await criu.restore(restoring(text), journal.path, lambda _: None, lazy=False)
     restore.begin()
     await restore.staged()
     return restore
@@ -129,7 +129,7 @@ async def test_a_restore_that_is_aborted_fails_as_it_should(criu: HeldCriu, jour
 async def test_criu_reads_no_images_before_they_are_complete(criu: HeldCriu, journal: Journal, tmp_path: Path) -> None:
     """Also when its agent lets go of it: then the restore ends without having begun."""
     touched = tmp_path / "touched"
-    restore = await criu.restore(restoring(f"touch {touched}; {RESTORE}"), journal.path, lambda _: None)
+    restore = await criu.restore(restoring(f"touch {touched}; {RESTORE}"), journal.path, lambda _: None, lazy=False)
     restore.let_go()
     await restore.end()
     assert not touched.exists()
@@ -173,7 +173,9 @@ async def test_cancelled_while_it_starts_it_is_known_and_follows_the_journal(cri
 
     known: list[tuple[int, int]] = []
     starting = asyncio.ensure_future(
-        criu.restore(restoring(RESTORE), journal.path, lambda pid: known.append((pid, start_time(pid) or 0)))
+        criu.restore(
+            restoring(RESTORE), journal.path, lambda pid: known.append((pid, start_time(pid) or 0)), lazy=False
+        )
     )
     await asyncio.sleep(0)
     starting.cancel()
