@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from coordinator.config_section import Problems, Section, address_of, cidr, did_you_mean, ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import OCI_RUNTIMES, WorkloadSpec
+from coordinator.facts import CONTAINER_RUNTIMES, OCI_RUNTIMES, WorkloadSpec
 from coordinator.protocol import Deadlines, GiveUpMode, MemoryPolicy, Mode
 from coordinator.wire import encode
 
@@ -26,6 +26,7 @@ ENVIRONMENT_VARIABLE = "LIVEMOVE_CONFIG"
 HOST_KEYS = ("ssh", "key", "known_hosts", "interface", "channel_address")
 RUNTIME_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(OCI_RUNTIMES, ("container", "bundle")),
+    "podman": ("container",),
     "process": ("pid_file", "root_pid"),
 }
 WORKLOAD_KEYS = ("runtime", "addresses", *dict.fromkeys(key for keys in RUNTIME_KEYS.values() for key in keys))
@@ -219,13 +220,13 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
         for key in set(keys) - set(RUNTIME_KEYS[runtime]):
             if key in section.table:
                 section.problem(key, f'not allowed with runtime = "{runtime}"; remove it, or write runtime = "{other}"')
-    if runtime in OCI_RUNTIMES:
+    if runtime in CONTAINER_RUNTIMES:
         return WorkloadSpec(
             name=name,
             runtime=cast(Any, runtime),
             addresses=addresses,
             container=section.text("container", 'container = "counter"', pattern=_CONTAINER),
-            bundle=section.absolute("bundle", 'bundle = "/srv/counter"'),
+            bundle=section.absolute("bundle", 'bundle = "/srv/counter"') if runtime in OCI_RUNTIMES else None,
         )
     pid_file, root_pid = _process(section)
     return WorkloadSpec(name=name, runtime="process", addresses=addresses, pid_file=pid_file, root_pid=root_pid)

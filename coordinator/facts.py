@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-RuntimeName = Literal["runc", "crun", "process"]
+RuntimeName = Literal["runc", "crun", "podman", "process"]
 #: Those with runc's command line, whose containers are known by an id and a bundle.
 OCI_RUNTIMES: tuple[Literal["runc", "crun"], ...] = ("runc", "crun")
+#: Those that have to be installed.
+CONTAINER_RUNTIMES: tuple[RuntimeName, ...] = (*OCI_RUNTIMES, "podman")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +143,12 @@ class WorkloadFacts:
     """A workload as one host sees it.
 
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
-    thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
-    container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
-    the id of a migration of it that is unfinished here. ``runtime_problem``: why the runtime's word is not to
-    be trusted. ``namespace``: its own network namespace, where it has one; ``namespace_taken``: the path at which it
-    would be, and where something is, on a host that does not run it."""
+    thread ids of a plain process tree, because a restore needs them free. ``bundle_digest``: of how the
+    container is defined, by its config.json or by what podman says of it. ``addresses`` maps each service address that
+    this host has to its interface. ``moving`` is the id of a migration of it that is unfinished here.
+    ``runtime_problem``: why the runtime's word is not to be trusted. ``namespace``: its own network namespace, where it
+    has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
+    it."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0

@@ -332,7 +332,7 @@ OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
     "UID_NEEDS_CAP_SYS_RESOURCE": "A process runs as another uid than root, and root lacks CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
-    "TERMINAL": "A plain process has a terminal of its host as standard stream.",
+    "TERMINAL": "A plain process, or the first one of a runc or crun container, has a terminal as standard stream.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
     "SOCKET_KTLS": "A connection has its TLS in the kernel, which CRIU cannot dump.",
     "SOCKET_PACKET": "The workload has a packet socket.",
@@ -340,7 +340,12 @@ OBSTACLES: dict[str, str] = {
     "SOCKET_UNIX_OUTSIDE": "A unix socket is connected to a process outside the workload.",
     "SOCKET_ON_DEVICE": "A socket is bound to a device, which the destination needs too.",
     "SOCKET_MULTICAST": "A socket is bound to a multicast group, whose membership does not move.",
-    "EXTERNAL_PIPE": "A plain process has a pipe to a process outside the workload as standard stream.",
+    "HOST_DEVICES": "The container has devices of its host, a GPU for instance.",
+    "IN_A_POD": "The container is in a pod: it shares namespaces with containers that stay.",
+    "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",
+    "PODMAN_RESTARTS": "podman starts the container anew, or removes it, when its processes end: also after a move.",
+    "PODMAN_SHM": "The container has files in /dev/shm, which podman keeps on the host.",
+    "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream.",
 }
 
 

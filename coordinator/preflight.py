@@ -14,7 +14,7 @@ from ipaddress import IPv6Address, ip_address, ip_interface
 
 from coordinator.errors import LivemoveError
 from coordinator.facts import (
-    OCI_RUNTIMES,
+    CONTAINER_RUNTIMES,
     CriuFacts,
     HostFacts,
     LeftoverFacts,
@@ -35,7 +35,7 @@ _FIRST_CRIU_WITHOUT_PASSCRED = (4, 2)
 _RELEASES_PER_MAJOR = 20
 _MUCH_OLDER_RELEASES = 10
 #: Runtimes that must be installed; a plain process needs none.
-_INSTALLED_RUNTIMES = frozenset(OCI_RUNTIMES)
+_INSTALLED_RUNTIMES = frozenset(CONTAINER_RUNTIMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,7 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
         message = f"CRIU {there.criu.version} there, {here.criu.version} on {source}"
         yield finding("CRIU_VERSIONS_DIFFER", destination, message)
     if (
-        facts.workload.runtime in OCI_RUNTIMES
+        facts.workload.runtime in CONTAINER_RUNTIMES
         and "none" not in (here.cgroup, there.cgroup)
         and here.cgroup != there.cgroup
     ):
@@ -274,7 +274,8 @@ def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) ->
     elif there.bundle_problem:
         yield finding("BUNDLE_DIFFERS", destination, there.bundle_problem)
     elif there.bundle_digest != here.bundle_digest:
-        yield finding("BUNDLE_DIFFERS", destination, f"{workload.bundle}/config.json is not the source's")
+        what = f"{workload.bundle}/config.json" if workload.bundle else f"podman's container {workload.container}"
+        yield finding("BUNDLE_DIFFERS", destination, f"{what} is not the source's")
     about = facts.hosts.get(destination)
     if here.namespace is not None and facts.source is not None:
         parent = namespace_parent(here.namespace, facts.interfaces[facts.source], facts.interfaces[destination])

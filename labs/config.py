@@ -20,10 +20,10 @@ class Workload:
     """A service that can be moved, as the configuration names it."""
 
     name: str
-    runtime: Literal["runc", "crun", "process"]
+    runtime: Literal["runc", "crun", "podman", "process"]
     addresses: tuple[str, ...]  # with prefix length
     container: str | None = None  # not a plain process
-    bundle: str | None = None  # not a plain process
+    bundle: str | None = None  # runc, crun
     pid_file: str | None = None  # process
     network: Literal["host", "veth", "macvlan"] = "host"  # a container: a network namespace of its own, attached so
 

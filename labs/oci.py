@@ -9,6 +9,9 @@ from typing import Any
 
 CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
 
+ROOT = "mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}"
+"""Makes a container's root: the host's own, read-only; what is mounted in the host is not in it."""
+
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from labs import config, oci
+from labs import config, oci, podman
 from labs.commands import LabError
 from labs.lab import Lab
 from labs.machines import Host
@@ -81,12 +81,16 @@ def install(lab: Lab, workload: Workload) -> None:
     for station in HOSTS:
         machine = lab.host(station.name)
         _install_code(machine)
-        if workload.container:
+        if workload.runtime == "podman":
+            podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE})
+        elif workload.container:
             _install_bundle(machine, workload)
 
 
 def uninstall(lab: Lab, workload: Workload, host: str) -> None:
     """Take the workload's bundle off one host. The code stays: other workloads use it too."""
+    if workload.runtime == "podman":
+        podman.uninstall(lab.host(host), workload)
     if workload.bundle:
         _shell(lab.host(host), f"umount {workload.bundle}/rootfs && rm -r {workload.bundle}")
 
@@ -159,8 +163,7 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         name=workload.container,
         netns=workload.netns,
     )
-    # The container's root is the host's own, read-only: what is mounted in the host is not in it.
-    _shell(machine, f"mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}")
+    machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
 
 
@@ -185,9 +188,11 @@ def own_network(machine: Host, workload: Workload) -> None:
 
 
 def _run_container(machine: Host, workload: Workload) -> None:
-    assert workload.bundle and workload.container
+    assert workload.container
     log = f"/run/{workload.container}.log"
-    argv = [workload.runtime, "run", "--detach", "--bundle", workload.bundle, workload.container]
+    argv = ["podman", "start", workload.container]
+    if workload.bundle:
+        argv = [workload.runtime, "run", "--detach", "--bundle", workload.bundle, workload.container]
     # A pipe to us would become part of the container, and could not be restored anywhere else.
     done = _shell(machine, f"{shlex.join(argv)} </dev/null >/dev/null 2>{log}", check=False)
     if done.returncode != 0:
@@ -211,13 +216,17 @@ def _wait_until_listening(machine: Host, workload: Workload) -> None:
 
 def _runs(machine: Host, workload: Workload) -> bool:
     assert workload.container
+    if workload.runtime == "podman":
+        return podman.status(machine, workload.container) == "running"
     state = machine.run([workload.runtime, "state", workload.container], check=False)
     return state.returncode == 0 and json.loads(state.stdout)["status"] in ("created", "running")
 
 
 def _end(machine: Host, workload: Workload) -> None:
     """End the service on one host, container or process, whatever became of it."""
-    if workload.container:
+    if workload.runtime == "podman":
+        podman.end(machine, workload)
+    elif workload.container:
         machine.run([workload.runtime, "delete", "--force", workload.container], check=False)
     deadline = time.monotonic() + END_TIMEOUT_S
     while pids := listening_pids(machine, workload):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -24,7 +22,7 @@ from coordinator.agent.runtimes.oci import stray_processes
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
 from coordinator.facts import (
-    OCI_RUNTIMES,
+    CONTAINER_RUNTIMES,
     CriuFacts,
     HostFacts,
     InterfaceFacts,
@@ -67,7 +65,7 @@ async def describe_host(interface: str, unfinished: tuple[str, ...]) -> HostFact
         euid=os.geteuid(),
         missing_capabilities=missing_capabilities(),
         criu=await _criu(),
-        runtimes={name: version for name in OCI_RUNTIMES if (version := await _version(name))},
+        runtimes={name: version for name in CONTAINER_RUNTIMES if (version := await _version(name))},
         cgroup=cgroup_mode(),
         nf_tables=nf_tables,
         interface=await _interface(interface),
@@ -180,16 +178,16 @@ async def describe_workload(
     addresses = await _addresses(workload)
     try:
         tasks = await runtime.find()
+        definition = await runtime.definition()
     except CommandFailed as error:
         report(str(error))
         return WorkloadFacts(state="absent", addresses=addresses, runtime_problem=error.message, moving=moving)
-    digest, problem = bundle_digest(workload)
     common = {
         "addresses": addresses,
         "moving": moving,
-        "bundle_present": workload.bundle is None or bool(digest),
-        "bundle_problem": problem,
-        "bundle_digest": digest,
+        "bundle_present": definition.present,
+        "bundle_problem": definition.problem,
+        "bundle_digest": definition.digest,
     }
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
     if tasks.state != "running" or (workload.runtime == "process" and not addresses):
@@ -222,6 +220,7 @@ async def describe_workload(
         namespace=own.facts,
         obstacles=(
             *([own.obstacle] if own.obstacle is not None else []),
+            *definition.obstacles,
             *obstacles(workload, tree, missing_capabilities()),
             *socket_obstacles(found),
         ),
@@ -248,23 +247,6 @@ async def _addresses(workload: WorkloadSpec) -> dict[str, str]:
         return found
     finally:
         book.close()
-
-
-def bundle_digest(workload: WorkloadSpec) -> tuple[str, str]:
-    """The digest of a container's configuration on this host, and why its bundle cannot be used; each may be empty."""
-    if workload.bundle is None:
-        return "", ""
-    config = Path(workload.bundle) / "config.json"
-    try:
-        content = config.read_bytes()
-        root = json.loads(content)["root"]["path"]
-    except FileNotFoundError:
-        return "", f"{config} does not exist"
-    except (ValueError, KeyError, TypeError) as error:
-        return "", f"{config} is no OCI runtime configuration: {error}"
-    rootfs = Path(workload.bundle) / root
-    usable = rootfs.is_dir() and any(rootfs.iterdir())
-    return hashlib.sha256(content).hexdigest(), "" if usable else f"{rootfs} is not there or empty"
 
 
 def _executable(pid: int) -> str:

@@ -15,7 +15,11 @@ def obstacles(
     """All obstacles of the process tree, each kind once, with the first process that has it."""
     found: dict[str, Obstacle] = {}
     for pid in pids:
-        for obstacle in _of_process(workload, pid, missing_capabilities, proc):
+        for obstacle in _of_process(pid, missing_capabilities, proc):
+            found.setdefault(obstacle.code, obstacle)
+    # The streams of a container's other processes are mostly its own. podman's monitor takes its streams along.
+    for pid in {"process": pids, "podman": []}.get(workload.runtime, pids[:1]):
+        for obstacle in _streams(pid, proc):
             found.setdefault(obstacle.code, obstacle)
     return tuple(found.values())
 
@@ -42,7 +46,7 @@ def socket_obstacles(findings: list[inventory.SocketFinding]) -> tuple[Obstacle,
     )
 
 
-def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> list[Obstacle]:
+def _of_process(pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> list[Obstacle]:
     found = []
     if "CAP_SYS_RESOURCE" in missing_capabilities and (uid := _uid(pid, proc)) not in (0, None):
         found.append(
@@ -61,20 +65,27 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                     hint="Refuse io_uring_setup with ENOSYS in the seccomp profile, or turn it off in the service.",
                 )
             )
-        if workload.runtime == "process" and descriptor in (0, 1, 2) and target.startswith("/dev/pts/"):
+    return found
+
+
+def _streams(pid: int, proc: Path) -> list[Obstacle]:
+    """Standard streams that lead to something outside the workload."""
+    found = []
+    for descriptor, target in _descriptors(pid, proc):
+        if descriptor in (0, 1, 2) and target.startswith(("/dev/pts/", "/dev/console")):
             found.append(
                 Obstacle(
                     code="TERMINAL",
-                    message=f"process {pid} has the terminal {target} of this host as descriptor {descriptor}",
-                    hint="Start it with setsid and its standard streams at /dev/null.",
+                    message=f"process {pid} has the terminal {target} as descriptor {descriptor}, held outside",
+                    hint="Start it with setsid and its standard streams at /dev/null; a container without a terminal.",
                 )
             )
-        if workload.runtime == "process" and target.startswith("pipe:") and descriptor in (0, 1, 2):
+        if descriptor in (0, 1, 2) and target.startswith("pipe:"):
             found.append(
                 Obstacle(
                     code="EXTERNAL_PIPE",
                     message=f"process {pid} has a pipe to another process of this host as descriptor {descriptor}",
-                    hint="Let it log to a file or to /dev/null.",
+                    hint="Let it log to a file of its own or to /dev/null; or use podman, which takes its log.",
                 )
             )
     return found

@@ -10,18 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import pytest
 
-from coordinator.agent.fakes.host import ROOT_PID, FakeRuntime
+import labs.config
+from coordinator.agent.fakes.runtime import ROOT_PID, FakeRuntime
 from coordinator.agent.fakes.world import Life, World
 from coordinator.agent.runtimes.base import Runtime, Tasks
 from coordinator.agent.runtimes.oci import OciRuntime, stray_processes
+from coordinator.agent.runtimes.podman import PodmanRuntime
 from coordinator.agent.runtimes.process_tree import ProcessTree, taken_pids
 from coordinator.errors import ProtocolError, RestoreFailed
-from coordinator.facts import OCI_RUNTIMES, WorkloadSpec
-from labs import oci
+from coordinator.facts import CONTAINER_RUNTIMES, OCI_RUNTIMES, RuntimeName, WorkloadSpec
+from labs import oci, podman
 from labs.machines import Host
 from tests.integration.faults import until
 from tests.shared_lab import running_lab
@@ -37,7 +39,7 @@ class Subject(Protocol):
 
     @property
     def known_by(self) -> str:
-        """How a command names the workload."""
+        """How the command that dumps it names the workload."""
 
     def end(self) -> None:
         """The workload's tasks die."""
@@ -79,15 +81,12 @@ class Contained:
     """A `sleep` in a container on a host of the lab, whose runtime is first in our PATH."""
 
     host: Host
-    program: Literal["runc", "crun"]
+    program: RuntimeName
     known_by: str = "contract"
 
     def __post_init__(self) -> None:
         bundle = f"/srv/{self.known_by}"
-        self.runtime: Runtime = OciRuntime(
-            WorkloadSpec(name="w", runtime=self.program, addresses=(), container=self.known_by, bundle=bundle),
-            self.program,
-        )
+        self.runtime: Runtime = OciRuntime(self.program, self.known_by, bundle)
         config = oci.config(name=self.known_by, hostname="w", command=["sleep", "1000"], environment={})
         self.host.run(["sh", "-c", f"mkdir -p {bundle}/rootfs && mount --bind / {bundle}/rootfs"])
         self.host.write_file(f"{bundle}/config.json", json.dumps(config))
@@ -104,6 +103,29 @@ class Contained:
     def remove(self) -> None:
         self.host.run([self.program, "delete", "--force", self.known_by], check=False)
         self.host.run(["sh", "-c", f"umount /srv/{self.known_by}/rootfs && rm -r /srv/{self.known_by}"])
+
+
+@dataclass
+class InPodman:
+    """The same under podman."""
+
+    host: Host
+
+    def __post_init__(self) -> None:
+        self.spec = labs.config.Workload("contract", "podman", (), container="contract")
+        self.runtime: Runtime = PodmanRuntime(
+            WorkloadSpec(name="w", runtime="podman", addresses=(), container="contract")
+        )
+        podman.install(self.host, self.spec, ["sleep", "1000"], {})
+        self.host.run(["podman", "start", "contract"])
+        self.known_by = self.host.run(["podman", "inspect", "--format", "{{.Id}}", "contract"]).stdout.strip()
+
+    def end(self) -> None:
+        self.host.run(["podman", "kill", "contract"])
+        until(lambda: podman.status(self.host, "contract") == "exited", "a container that was killed has ended")
+
+    def remove(self) -> None:
+        podman.uninstall(self.host, self.spec)
 
 
 def reach(host: Host, program: str, folder: Path) -> None:
@@ -129,12 +151,13 @@ def host() -> Iterator[Host]:
 
 
 @contextmanager
-def containing(host: Host, program: Literal["runc", "crun"], folder: Path) -> Iterator[Contained]:
+def containing(host: Host, program: RuntimeName, folder: Path) -> Iterator[Contained | InPodman]:
     """A container for one test."""
-    reach(host, program, folder)
+    for each in CONTAINER_RUNTIMES:
+        reach(host, each, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        made = Contained(host, program)
+        made = InPodman(host) if program == "podman" else Contained(host, program)
         try:
             yield made
         finally:
@@ -144,15 +167,16 @@ def containing(host: Host, program: Literal["runc", "crun"], folder: Path) -> It
 @pytest.fixture(params=OCI_RUNTIMES)
 def contained(request: pytest.FixtureRequest, host: Host, tmp_path: Path) -> Iterator[Contained]:
     with containing(host, request.param, tmp_path) as made:
+        assert isinstance(made, Contained)
         yield made
 
 
-@pytest.fixture(params=["fake", "process tree", *OCI_RUNTIMES])
+@pytest.fixture(params=["fake", "process tree", *CONTAINER_RUNTIMES])
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
     if request.param == "fake":
         yield Fake(World(tmp_path, make_plan()))
         return
-    if request.param in OCI_RUNTIMES:
+    if request.param in CONTAINER_RUNTIMES:
         with containing(request.getfixturevalue("host"), request.param, tmp_path) as made:
             yield made
         return

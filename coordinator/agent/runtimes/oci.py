@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 from coordinator.agent.process import Command, first_explaining_line, run
-from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.runtimes.base import Definition, Tasks
 from coordinator.errors import CommandFailed, ProtocolError, RestoreFailed
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import Obstacle, WorkloadSpec
 
 #: The word for a container whose tasks exist and may run. "paused" tasks would be restored paused.
 _RUNNING = "running"
@@ -25,12 +25,14 @@ _LAZY_OPTION = {"runc": ("--lazy-pages",), "crun": ()}
 class OciRuntime:
     """A container of ``runc`` or ``crun``, known by its id, restored from the bundle of the same path on both hosts."""
 
-    def __init__(self, workload: WorkloadSpec, program: Literal["runc", "crun"] = "runc") -> None:
-        if workload.container is None or workload.bundle is None:
-            raise ProtocolError(f"workload {workload.name}: a {program} workload has a container and a bundle")
-        self._container = workload.container
-        self._bundle = workload.bundle
+    def __init__(self, program: str, container: str, bundle: str) -> None:
+        self._container = container
+        self._bundle = bundle
         self._program = program
+
+    async def definition(self) -> Definition:
+        """See ``Runtime``: config.json, by the bytes of it."""
+        return bundle_definition(Path(self._bundle))
 
     async def find(self) -> Tasks:
         """See ``Runtime``. One without its state file is absent to both; it can be removed, and nothing else."""
@@ -87,6 +89,42 @@ class OciRuntime:
         done = await run([self._program, "delete", "--force", self._container])
         if done.status != 0 and not any(words in done.stderr for words in _UNKNOWN):
             done.checked()
+
+
+def oci_runtime_of(workload: WorkloadSpec) -> OciRuntime:
+    """The runtime of a workload that names one of ``OCI_RUNTIMES``."""
+    if workload.container is None or workload.bundle is None:
+        raise ProtocolError(f"workload {workload.name}: a {workload.runtime} workload has a container and a bundle")
+    return OciRuntime(workload.runtime, workload.container, workload.bundle)
+
+
+def bundle_definition(bundle: Path) -> Definition:
+    """What a bundle says of its container (OCI runtime specification, config.md)."""
+    file = bundle / "config.json"
+    try:
+        content = file.read_bytes()
+        config = json.loads(content)
+        root = bundle / config["root"]["path"]
+        binds = [each for each in config.get("mounts", ()) if {"bind", "rbind"} & set(each.get("options", ()))]
+        missing = [each for each in binds if not (bundle / each["source"]).exists()]
+        devices = [each["path"] for each in config.get("linux", {}).get("devices") or ()]
+    except FileNotFoundError:
+        return Definition(present=False, problem=f"{file} does not exist")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Definition(present=False, problem=f"{file} is no OCI runtime configuration: {error}")
+    problem = ""
+    if missing:
+        problem = f"{missing[0]['source']} is not there, which is to be mounted on {missing[0]['destination']}"
+    if not root.is_dir() or not any(root.iterdir()):
+        problem = f"{root} is not there or empty"
+    return Definition(digest=hashlib.sha256(content).hexdigest(), problem=problem, obstacles=host_devices(devices))
+
+
+def host_devices(paths: list[str]) -> tuple[Obstacle, ...]:
+    """Devices of the host that a container is given; what CRIU knows of (/dev/null and the like) need not be given."""
+    message = f"the container has devices of its host: {', '.join(paths)}"
+    hint = "Run the service without them: what such a device holds cannot be moved."
+    return (Obstacle(code="HOST_DEVICES", message=message, hint=hint),) if paths else ()
 
 
 def stray_processes(bundle: Path, container: str, cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:

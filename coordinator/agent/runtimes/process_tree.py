@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from coordinator.agent.process import Command, start_time
-from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.runtimes.base import Definition, Tasks
 from coordinator.errors import ProtocolError, RestoreFailed
 from coordinator.facts import WorkloadSpec
 
@@ -41,6 +41,10 @@ class ProcessTree:
         except FileNotFoundError:
             return None
         return int(text) if text.isdigit() and int(text) > 1 else None
+
+    async def definition(self) -> Definition:
+        """See ``Runtime``. A process is defined by nothing but its own files."""
+        return Definition()
 
     async def prepare_restore(self) -> None:
         """See ``Runtime``."""
