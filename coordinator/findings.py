@@ -340,6 +340,8 @@ OBSTACLES: dict[str, str] = {
     "SOCKET_UNIX_OUTSIDE": "A unix socket is connected to a process outside the workload.",
     "SOCKET_ON_DEVICE": "A socket is bound to a device, which the destination needs too.",
     "SOCKET_MULTICAST": "A socket is bound to a multicast group, whose membership does not move.",
+    "FILE_OUTSIDE": "A process in a container has a file open that is outside it, a log of its host for instance.",
+    "USER_NAMESPACE": "The container has a user namespace, in which CRIU cannot restore TCP connections.",
     "HOST_DEVICES": "The container has devices of its host, a GPU for instance.",
     "IN_A_POD": "The container is in a pod: it shares namespaces with containers that stay.",
     "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",

@@ -25,6 +25,7 @@ from coordinator.facts import (
 from coordinator.findings import Finding, finding, from_error, from_obstacle, in_order
 from coordinator.plan import id_part, image_space_bytes, namespace_parent
 from coordinator.preflight_namespace import namespace_findings
+from coordinator.preflight_runtime import runtime_findings
 from coordinator.protocol import SelfTestResult
 
 _MIB = 1024 * 1024
@@ -263,19 +264,7 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
 
 def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) -> Iterator[Finding]:
     workload, destination = facts.workload, facts.destination
-    if there.state == "stopped":
-        message = f"{destination} has a container {workload.container} already, which is not running"
-        yield finding(
-            "ALREADY_PRESENT", destination, message, f"Remove it there: {workload.runtime} delete {workload.container}."
-        )
-    if not there.bundle_present:
-        what = there.bundle_problem or f"{workload.bundle or here.executable} is missing"
-        yield finding("BUNDLE_MISSING", destination, what)
-    elif there.bundle_problem:
-        yield finding("BUNDLE_DIFFERS", destination, there.bundle_problem)
-    elif there.bundle_digest != here.bundle_digest:
-        what = f"{workload.bundle}/config.json" if workload.bundle else f"podman's container {workload.container}"
-        yield finding("BUNDLE_DIFFERS", destination, f"{what} is not the source's")
+    yield from runtime_findings(workload, destination, here, there)
     about = facts.hosts.get(destination)
     if here.namespace is not None and facts.source is not None:
         parent = namespace_parent(here.namespace, facts.interfaces[facts.source], facts.interfaces[destination])

@@ -54,6 +54,24 @@ def config(
     }
 
 
+def with_a_household(config: dict[str, Any], data: str) -> dict[str, Any]:
+    """The same container with what `labs.services.household` needs: terminals, a bind mount, and limits."""
+    options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
+    terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": options}
+    bound = {"destination": "/mnt", "type": "bind", "source": data, "options": ["bind", "rw"]}
+    limits = [{"type": "RLIMIT_NOFILE", "soft": 900, "hard": 1000}]
+    mounts = [*config["mounts"], terminals, bound]
+    return config | {"mounts": mounts, "process": config["process"] | {"rlimits": limits}}
+
+
+def with_a_user_namespace(config: dict[str, Any]) -> dict[str, Any]:
+    """The same container in a user namespace whose root is the host's."""
+    everyone = [{"containerID": 0, "hostID": 0, "size": 65536}]
+    linux = config["linux"] | {"uidMappings": everyone, "gidMappings": everyone}
+    linux["namespaces"] = [*linux["namespaces"], {"type": "user"}]
+    return config | {"linux": linux}
+
+
 def _tmpfs(destination: str, *options: str) -> dict[str, Any]:
     return {"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": list(options)}
 

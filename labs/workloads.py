@@ -34,6 +34,7 @@ SERVICE_FILES = (
     "__init__.py",
     "ballast.py",
     "datagram_server.py",
+    "household.py",
     "memory_regions.py",
     "memory_server.py",
     "pattern.py",
@@ -164,6 +165,10 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         netns=workload.netns,
     )
     machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
+    if workload.program == "household":
+        data = f"{workload.bundle}/data"
+        _shell(machine, f"mkdir -p {data} && touch --date=@0 {data}/locked")
+        description = oci.with_a_household(description, data)
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
 
 

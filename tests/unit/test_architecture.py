@@ -47,6 +47,7 @@ PURE_OURS = frozenset(
         "plan",
         "preflight",
         "preflight_namespace",
+        "preflight_runtime",
         "protocol",
         "journal",
     )
@@ -55,6 +56,7 @@ PURE = (
     "coordinator/plan.py",
     "coordinator/preflight.py",
     "coordinator/preflight_namespace.py",
+    "coordinator/preflight_runtime.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

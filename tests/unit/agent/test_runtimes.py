@@ -115,3 +115,26 @@ def test_standard_streams_that_lead_outside(tmp_path: Path, runtime: RuntimeName
     (tmp_path / f"{pid}/fd/1").symlink_to("pipe:[1]")
     workload = WorkloadSpec(name="w", runtime=runtime, addresses=())
     assert [each.code for each in obstacles(workload, [7, 8], (), tmp_path)] == found
+
+
+def test_a_file_outside_the_container_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    for name in ("fd", "fdinfo"):
+        (tmp_path / "7" / name).mkdir(parents=True)
+    (tmp_path / "7/fd/1").symlink_to(tmp_path / "log")
+    (tmp_path / "7/fdinfo/1").write_text("pos:\t0\nflags:\t0100001\nmnt_id:\t31\n")
+    workload = WorkloadSpec(name="w", runtime="runc", addresses=())
+    for mounts, found in (("30 1 0:1 / / rw\n", ["FILE_OUTSIDE"]), ("31 1 0:1 / / rw\n", [])):
+        (tmp_path / "7/mountinfo").write_text(mounts)
+        assert [each.code for each in obstacles(workload, [7], (), tmp_path)] == found
+
+
+def test_a_user_namespace_is_told(tmp_path: Path) -> None:
+    for process in ("self", "7"):
+        (tmp_path / process / "ns").mkdir(parents=True)
+    (tmp_path / "self/ns/user").symlink_to("user:[1]")
+    workload = WorkloadSpec(name="w", runtime="crun", addresses=())
+    for link, found in (("user:[1]", []), ("user:[2]", ["USER_NAMESPACE"])):
+        (tmp_path / "7/ns/user").unlink(missing_ok=True)
+        (tmp_path / "7/ns/user").symlink_to(link)
+        assert [each.code for each in obstacles(workload, [7], (), tmp_path)] == found
