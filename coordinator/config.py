@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from coordinator.config_section import Problems, Section, address_of, cidr, did_you_mean, ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import MoverSpec, RouterSpec, WorkloadSpec
+from coordinator.facts import CONTAINER_RUNTIMES, OCI_RUNTIMES, MoverSpec, RouterSpec, WorkloadSpec
 from coordinator.protocol import Deadlines, GiveUpMode, MemoryPolicy, Mode
 from coordinator.wire import encode
 
@@ -24,7 +24,11 @@ DEFAULT_PATH = Path("livemove.toml")
 ENVIRONMENT_VARIABLE = "LIVEMOVE_CONFIG"
 
 HOST_KEYS = ("ssh", "key", "known_hosts", "interface", "channel_address")
-RUNTIME_KEYS: dict[str, tuple[str, ...]] = {"runc": ("container", "bundle"), "process": ("pid_file", "root_pid")}
+RUNTIME_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(OCI_RUNTIMES, ("container", "bundle")),
+    "podman": ("container",),
+    "process": ("pid_file", "root_pid"),
+}
 MOVER_KEYS: dict[str, tuple[str, ...]] = {
     "l2": (),
     "route": ("router", "router_key", "router_known_hosts"),
@@ -33,7 +37,7 @@ MOVER_KEYS: dict[str, tuple[str, ...]] = {
 WORKLOAD_KEYS = (
     "runtime",
     "addresses",
-    *(key for keys in RUNTIME_KEYS.values() for key in keys),
+    *dict.fromkeys(key for keys in RUNTIME_KEYS.values() for key in keys),
     "mover",
     *(key for keys in MOVER_KEYS.values() for key in keys),
 )
@@ -225,13 +229,13 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
         )
         return None
     _keys_of_others(section, "runtime", runtime, RUNTIME_KEYS)
-    if runtime == "runc":
+    if runtime in CONTAINER_RUNTIMES:
         return WorkloadSpec(
             name=name,
-            runtime="runc",
+            runtime=cast(Any, runtime),
             addresses=addresses,
             container=section.text("container", 'container = "counter"', pattern=_CONTAINER),
-            bundle=section.absolute("bundle", 'bundle = "/srv/counter"'),
+            bundle=section.absolute("bundle", 'bundle = "/srv/counter"') if runtime in OCI_RUNTIMES else None,
             mover=mover,
         )
     pid_file, root_pid = _process(section)
@@ -243,8 +247,8 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
 def _keys_of_others(section: Section, key: str, chosen: str, known: Mapping[str, tuple[str, ...]]) -> None:
     """A problem for every key that belongs to another choice than the one made."""
     for other, keys in known.items():
-        for each in keys:
-            if other != chosen and each in section.table:
+        for each in set(keys) - set(known[chosen]):
+            if each in section.table:
                 section.problem(each, f'not allowed with {key} = "{chosen}"; remove it, or write {key} = "{other}"')
 
 

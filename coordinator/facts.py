@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+RuntimeName = Literal["runc", "crun", "podman", "process"]
+#: Those with runc's command line, whose containers are known by an id and a bundle.
+OCI_RUNTIMES: tuple[Literal["runc", "crun"], ...] = ("runc", "crun")
+#: Those that have to be installed.
+CONTAINER_RUNTIMES: tuple[RuntimeName, ...] = (*OCI_RUNTIMES, "podman")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSpec:
@@ -31,7 +37,7 @@ class WorkloadSpec:
     """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form."""
 
     name: str
-    runtime: Literal["runc", "process"]
+    runtime: RuntimeName
     addresses: tuple[str, ...]
     container: str | None = None
     bundle: str | None = None
@@ -185,10 +191,11 @@ class WorkloadFacts:
     """A workload as one host sees it.
 
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
-    thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
-    container's config.json. ``addresses`` maps each service address that this host has to the interfaces it is on.
-    ``moving`` is the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where
-    it has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
+    thread ids of a plain process tree, because a restore needs them free. ``bundle_digest``: of how the
+    container is defined, by its config.json or by what podman says of it. ``addresses`` maps each service address that
+    this host has to the interfaces it is on. ``moving`` is the id of a migration of it that is unfinished here.
+    ``runtime_problem``: why the runtime's word is not to be trusted. ``namespace``: its own network namespace, where it
+    has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
     it."""
 
     state: Literal["running", "stopped", "absent"]
@@ -199,6 +206,7 @@ class WorkloadFacts:
     addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bundle_present: bool = True
     bundle_problem: str = ""
+    runtime_problem: str = ""
     bundle_digest: str = ""
     executable: str = ""
     obstacles: tuple[Obstacle, ...] = ()

@@ -105,7 +105,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "CGROUP_MISSING",
             "error",
-            "No cgroup hierarchy is mounted, and runc needs one.",
+            "No cgroup hierarchy is mounted, and container runtimes need one.",
             "Mount cgroup2 at /sys/fs/cgroup.",
         ),
         Check(
@@ -157,6 +157,12 @@ CHECKS: dict[str, Check] = {
             "error",
             "More than one host runs the workload, so that nothing can tell which one is to be moved.",
             "Stop all copies but one.",
+        ),
+        Check(
+            "RUNTIME_LOST_IT",
+            "error",
+            "The runtime cannot tell what it has of the container, or lost its state file while the container runs.",
+            "End what is left of the container there (its control group's cgroup.kill), and start it anew.",
         ),
         Check(
             "WORKLOAD_BUSY",
@@ -211,7 +217,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "CGROUP_DIFFERS",
             "error",
-            "The hosts' cgroup modes differ, so that runc cannot restore the container's groups.",
+            "The hosts' cgroup modes differ, so that the runtime cannot restore the container's groups.",
             "Boot both hosts with the same mode, best cgroup v2.",
         ),
         Check(
@@ -231,7 +237,7 @@ CHECKS: dict[str, Check] = {
             "ALREADY_PRESENT",
             "error",
             "The destination has a container of that id, which is not running.",
-            "Remove it there: runc delete ID.",
+            "Remove it there with the runtime: runc delete ID, crun delete ID.",
         ),
         Check(
             "BUNDLE_MISSING",
@@ -356,7 +362,7 @@ OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
     "UID_NEEDS_CAP_SYS_RESOURCE": "A process runs as another uid than root, and root lacks CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
-    "TERMINAL": "A plain process has a terminal of its host as standard stream.",
+    "TERMINAL": "A plain process, or the first one of a runc or crun container, has a terminal as standard stream.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
     "SOCKET_KTLS": "A connection has its TLS in the kernel, which CRIU cannot dump.",
     "SOCKET_PACKET": "The workload has a packet socket.",
@@ -364,7 +370,14 @@ OBSTACLES: dict[str, str] = {
     "SOCKET_UNIX_OUTSIDE": "A unix socket is connected to a process outside the workload.",
     "SOCKET_ON_DEVICE": "A socket is bound to a device, which the destination needs too.",
     "SOCKET_MULTICAST": "A socket is bound to a multicast group, whose membership does not move.",
-    "EXTERNAL_PIPE": "A plain process has a pipe to a process outside the workload as standard stream.",
+    "FILE_OUTSIDE": "A process in a container has a file open that is outside it, a log of its host for instance.",
+    "USER_NAMESPACE": "The container has a user namespace, in which CRIU cannot restore TCP connections.",
+    "HOST_DEVICES": "The container has devices of its host, a GPU for instance.",
+    "IN_A_POD": "The container is in a pod: it shares namespaces with containers that stay.",
+    "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",
+    "PODMAN_RESTARTS": "podman starts the container anew, or removes it, when its processes end: also after a move.",
+    "PODMAN_SHM": "The container has files in /dev/shm, which podman keeps on the host.",
+    "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream.",
 }
 
 

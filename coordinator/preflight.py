@@ -11,12 +11,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_interface
 
-from coordinator.facts import CriuFacts, HostFacts, LeftoverFacts, SocketFacts, WorkloadFacts
+from coordinator.facts import (
+    CONTAINER_RUNTIMES,
+    CriuFacts,
+    HostFacts,
+    LeftoverFacts,
+    SocketFacts,
+    WorkloadFacts,
+)
 from coordinator.findings import Finding, finding, from_error, from_obstacle, in_order
 from coordinator.move_facts import MoveFacts, running_on
 from coordinator.plan import id_part, image_space_bytes, namespace_parent
 from coordinator.preflight_addresses import address_findings
 from coordinator.preflight_namespace import namespace_findings
+from coordinator.preflight_runtime import runtime_findings
 from coordinator.protocol import SelfTestResult
 
 _MIB = 1024 * 1024
@@ -27,7 +35,7 @@ _FIRST_CRIU_WITHOUT_PASSCRED = (4, 2)
 _RELEASES_PER_MAJOR = 20
 _MUCH_OLDER_RELEASES = 10
 #: Runtimes that must be installed; a plain process needs none.
-_INSTALLED_RUNTIMES = frozenset({"runc"})
+_INSTALLED_RUNTIMES = frozenset(CONTAINER_RUNTIMES)
 
 
 def host_findings(
@@ -93,7 +101,7 @@ def _is_old_for_kernel(criu: CriuFacts, kernel: str) -> bool:
 def _host_runtimes(host: str, facts: HostFacts, runtimes: frozenset[str]) -> Iterator[Finding]:
     for runtime in sorted(runtimes & _INSTALLED_RUNTIMES - facts.runtimes.keys()):
         yield finding("RUNTIME_MISSING", host, f"no {runtime} in the PATH", f"Install {runtime}.")
-    if "runc" in runtimes and facts.cgroup == "none":
+    if runtimes & _INSTALLED_RUNTIMES and facts.cgroup == "none":
         yield finding("CGROUP_MISSING", host, "no cgroup hierarchy is mounted")
 
 
@@ -178,6 +186,8 @@ def _placement(facts: MoveFacts) -> Iterator[Finding]:
             yield finding(
                 "WORKLOAD_BUSY", host, f"{name} is part of migration {each.moving}, which is unfinished", hint
             )
+        if each.runtime_problem:
+            yield finding("RUNTIME_LOST_IT", host, each.runtime_problem)
     if len(running) > 1:
         yield finding("RUNS_ON_SEVERAL", name, f"{name} runs on {' and on '.join(running)}")
     if running:
@@ -203,7 +213,11 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
     if here.criu and there.criu and numbers(here.criu.version) != numbers(there.criu.version):
         message = f"CRIU {there.criu.version} there, {here.criu.version} on {source}"
         yield finding("CRIU_VERSIONS_DIFFER", destination, message)
-    if facts.workload.runtime == "runc" and "none" not in (here.cgroup, there.cgroup) and here.cgroup != there.cgroup:
+    if (
+        facts.workload.runtime in CONTAINER_RUNTIMES
+        and "none" not in (here.cgroup, there.cgroup)
+        and here.cgroup != there.cgroup
+    ):
         yield finding("CGROUP_DIFFERS", destination, f"cgroup {there.cgroup} there, {here.cgroup} on {source}")
     if here.interface and there.interface and here.interface.mtu != there.interface.mtu:
         message = (
@@ -219,16 +233,7 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
 
 def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) -> Iterator[Finding]:
     workload, destination = facts.workload, facts.destination
-    if there.state == "stopped":
-        message = f"{destination} has a container {workload.container} already, which is not running"
-        yield finding("ALREADY_PRESENT", destination, message, f"Remove it there: runc delete {workload.container}.")
-    if not there.bundle_present:
-        what = there.bundle_problem or f"{workload.bundle or here.executable} is missing"
-        yield finding("BUNDLE_MISSING", destination, what)
-    elif there.bundle_problem:
-        yield finding("BUNDLE_DIFFERS", destination, there.bundle_problem)
-    elif there.bundle_digest != here.bundle_digest:
-        yield finding("BUNDLE_DIFFERS", destination, f"{workload.bundle}/config.json is not the source's")
+    yield from runtime_findings(workload, destination, here, there)
     about = facts.hosts.get(destination)
     if here.namespace is not None and facts.source is not None:
         parent = namespace_parent(here.namespace, facts.interfaces[facts.source], facts.interfaces[destination])

@@ -63,6 +63,11 @@ class HostSpec:
         return json.dumps(asdict(self))
 
 
+# The empty name is that of cgroup version 2. Groups of version 1, if this machine has any, are nothing of a host's; but
+# the kernel shows them in /proc/PID/cgroup, and CRIU would dump them all, and make them again on this machine.
+CRIU_SETTINGS = 'cgroup-dump-controller ""\n'
+
+
 def _call(name: str, *arguments: object) -> None:
     """A system call that raises when it fails."""
     encoded = [value.encode() if isinstance(value, str) else value for value in arguments]
@@ -117,6 +122,9 @@ def mount_system(root: Path) -> None:
     _mount("proc", root / "proc", "proc", plain)
     _mount("sysfs", root / "sys", "sysfs", plain)
     _mount("cgroup2", root / "sys/fs/cgroup", "cgroup2", plain)
+    criu = root / "etc/criu"
+    criu.mkdir(exist_ok=True)
+    (criu / "default.conf").write_text(CRIU_SETTINGS)
     _mount("dev", root / "dev", "tmpfs", MS_NOSUID, "mode=0755")
     _mount("devpts", root / "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, f"mode=0620,ptmxmode=0666,gid={TTY_GROUP}")
     _mount("shm", root / "dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")

@@ -20,17 +20,17 @@ class Workload:
     """A service that can be moved, as the configuration names it."""
 
     name: str
-    runtime: Literal["runc", "process"]
+    runtime: Literal["runc", "crun", "podman", "process"]
     addresses: tuple[str, ...]  # with prefix length
-    container: str | None = None  # runc
-    bundle: str | None = None  # runc
+    container: str | None = None  # not a plain process
+    bundle: str | None = None  # runc, crun
     pid_file: str | None = None  # process
     mover: str | None = None  # None: l2
     router: str | None = None
     router_key: str | None = None
     router_known_hosts: str | None = None
     hook: str | None = None
-    network: Literal["host", "veth", "macvlan"] = "host"  # runc: a network namespace of its own, attached so
+    network: Literal["host", "veth", "macvlan"] = "host"  # a container: a network namespace of its own, attached so
 
     @property
     def netns(self) -> str:

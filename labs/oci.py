@@ -9,6 +9,9 @@ from typing import Any
 
 CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
 
+ROOT = "mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}"
+"""Makes a container's root: the host's own, read-only; what is mounted in the host is not in it."""
+
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 
@@ -49,6 +52,24 @@ def config(
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     }
+
+
+def with_a_household(config: dict[str, Any], data: str) -> dict[str, Any]:
+    """The same container with what `labs.services.household` needs: terminals, a bind mount, and limits."""
+    options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
+    terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": options}
+    bound = {"destination": "/mnt", "type": "bind", "source": data, "options": ["bind", "rw"]}
+    limits = [{"type": "RLIMIT_NOFILE", "soft": 900, "hard": 1000}]
+    mounts = [*config["mounts"], terminals, bound]
+    return config | {"mounts": mounts, "process": config["process"] | {"rlimits": limits}}
+
+
+def with_a_user_namespace(config: dict[str, Any]) -> dict[str, Any]:
+    """The same container in a user namespace whose root is the host's."""
+    everyone = [{"containerID": 0, "hostID": 0, "size": 65536}]
+    linux = config["linux"] | {"uidMappings": everyone, "gidMappings": everyone}
+    linux["namespaces"] = [*linux["namespaces"], {"type": "user"}]
+    return config | {"linux": linux}
 
 
 def _tmpfs(destination: str, *options: str) -> dict[str, Any]:

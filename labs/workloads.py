@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from labs import config, oci
+from labs import config, oci, podman
 from labs.commands import LabError
 from labs.lab import Lab
 from labs.machines import Host
@@ -34,6 +34,7 @@ SERVICE_FILES = (
     "__init__.py",
     "ballast.py",
     "datagram_server.py",
+    "household.py",
     "memory_regions.py",
     "memory_server.py",
     "pattern.py",
@@ -81,12 +82,16 @@ def install(lab: Lab, workload: Workload) -> None:
     for station in HOSTS:
         machine = lab.host(station.name)
         _install_code(machine)
-        if workload.runtime == "runc":
+        if workload.runtime == "podman":
+            podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE})
+        elif workload.container:
             _install_bundle(machine, workload)
 
 
 def uninstall(lab: Lab, workload: Workload, host: str) -> None:
     """Take the workload's bundle off one host. The code stays: other workloads use it too."""
+    if workload.runtime == "podman":
+        podman.uninstall(lab.host(host), workload)
     if workload.bundle:
         _shell(lab.host(host), f"umount {workload.bundle}/rootfs && rm -r {workload.bundle}")
 
@@ -104,7 +109,7 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
             undo.callback(machine.run, ["ip", "address", "del", address, "dev", INTERFACE], check=False)
         _forget_neighbours(lab, workload)
         undo.callback(_end, machine, workload)
-        if workload.runtime == "runc":
+        if workload.container:
             _run_container(machine, workload)
         else:
             _run_process(machine, workload)
@@ -159,8 +164,11 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         name=workload.container,
         netns=workload.netns,
     )
-    # The container's root is the host's own, read-only: what is mounted in the host is not in it.
-    _shell(machine, f"mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}")
+    machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
+    if workload.program == "household":
+        data = f"{workload.bundle}/data"
+        _shell(machine, f"mkdir -p {data} && touch --date=@0 {data}/locked")
+        description = oci.with_a_household(description, data)
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
 
 
@@ -185,9 +193,11 @@ def own_network(machine: Host, workload: Workload) -> None:
 
 
 def _run_container(machine: Host, workload: Workload) -> None:
-    assert workload.bundle and workload.container
+    assert workload.container
     log = f"/run/{workload.container}.log"
-    argv = ["runc", "run", "--detach", "--bundle", workload.bundle, workload.container]
+    argv = ["podman", "start", workload.container]
+    if workload.bundle:
+        argv = [workload.runtime, "run", "--detach", "--bundle", workload.bundle, workload.container]
     # A pipe to us would become part of the container, and could not be restored anywhere else.
     done = _shell(machine, f"{shlex.join(argv)} </dev/null >/dev/null 2>{log}", check=False)
     if done.returncode != 0:
@@ -203,21 +213,26 @@ def _run_process(machine: Host, workload: Workload) -> None:
 def _wait_until_listening(machine: Host, workload: Workload) -> None:
     deadline = time.monotonic() + LISTEN_TIMEOUT_S
     while not listening_pids(machine, workload):
-        if time.monotonic() > deadline or (workload.container and not _runs(machine, workload.container)):
+        if time.monotonic() > deadline or (workload.container and not _runs(machine, workload)):
             said = machine.run(["cat", f"/run/{workload.container}.log"], check=False).stdout
             raise LabError(f"{machine.name}: {workload.name} does not listen on port {PORT}\n{said}".rstrip())
         time.sleep(0.02)
 
 
-def _runs(machine: Host, container: str) -> bool:
-    state = machine.run(["runc", "state", container], check=False)
+def _runs(machine: Host, workload: Workload) -> bool:
+    assert workload.container
+    if workload.runtime == "podman":
+        return podman.status(machine, workload.container) == "running"
+    state = machine.run([workload.runtime, "state", workload.container], check=False)
     return state.returncode == 0 and json.loads(state.stdout)["status"] in ("created", "running")
 
 
 def _end(machine: Host, workload: Workload) -> None:
     """End the service on one host, container or process, whatever became of it."""
-    if workload.container:
-        machine.run(["runc", "delete", "--force", workload.container], check=False)
+    if workload.runtime == "podman":
+        podman.end(machine, workload)
+    elif workload.container:
+        machine.run([workload.runtime, "delete", "--force", workload.container], check=False)
     deadline = time.monotonic() + END_TIMEOUT_S
     while pids := listening_pids(machine, workload):
         if time.monotonic() > deadline:

@@ -24,7 +24,8 @@ from coordinator.agent.namespaced import NamespacedNetwork
 from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
 from coordinator.agent.runtimes.base import Runtime
-from coordinator.agent.runtimes.oci import OciRuntime
+from coordinator.agent.runtimes.oci import oci_runtime_of
+from coordinator.agent.runtimes.podman import PodmanRuntime
 from coordinator.agent.runtimes.process_tree import ProcessTree
 from coordinator.agent.source import SourceHalf
 from coordinator.errors import TrackingFailed
@@ -54,7 +55,9 @@ def runtime_of(workload: WorkloadSpec, expected_pids: tuple[int, ...] = ()) -> R
     """The runtime that a workload names."""
     if workload.runtime == "process":
         return ProcessTree(workload, expected_pids)
-    return OciRuntime(workload, workload.runtime)
+    if workload.runtime == "podman":
+        return PodmanRuntime(workload)
+    return oci_runtime_of(workload)
 
 
 def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:

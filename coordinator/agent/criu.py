@@ -44,7 +44,9 @@ PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-
 Started = Callable[[int], None]
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
-_CONFIG = "network-lock skip\naction-script {script}\n"
+_CONFIG = "network-lock skip\naction-script {script}\n{lazy}"
+#: Not every runtime has an option for it (crun has none).
+_LAZY = "lazy-pages\n"
 
 #: How a hook says yes. A dump without its lazy pages goes on, after a successful post-dump, to serve them by itself
 #: until somebody has fetched them all, and it thaws the tasks if that fails (criu/cr-dump.c, cr_lazy_mem_dump). So the
@@ -83,8 +85,9 @@ esac
 class Hook:
     """The action script of one CRIU run, its configuration file, and the locks it waits for."""
 
-    def __init__(self, folder: Path, journal: Path, actions: tuple[str, ...], *, lazy_dump: bool = False) -> None:
+    def __init__(self, folder: Path, journal: Path, actions: tuple[str, ...], *, lazy: bool) -> None:
         """Write script and configuration to ``folder`` (on a file system without noexec) and take the locks."""
+        lazy_dump = lazy and POST_DUMP in actions
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = folder / "criu.conf"
         self._folder = folder
@@ -102,7 +105,7 @@ class Hook:
         values = {"flock": shlex.quote(flock), "committed": committed, "status_ready": int(lazy_dump)}
         script.write_text(_SCRIPT.format(actions="|".join(actions), **values, **quoted))
         script.chmod(0o700)
-        self.config.write_text(_CONFIG.format(script=script))
+        self.config.write_text(_CONFIG.format(script=script, lazy=_LAZY if lazy else ""))
         # Read-write, so that neither side ever waits for the other to open its end (fifo(7), Linux).
         self._reached = os.open(reached, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._locks = {action: self._lock(action) for action in actions}
@@ -201,14 +204,16 @@ class Checkpointer(Protocol):
     async def dump(
         self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
     ) -> Dump:
-        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs.
+        """Start a dump, ``lazy`` if it is to leave private memory to us; returns as soon as the command runs.
 
         ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
 
-    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
+    async def restore(
+        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+    ) -> Restore:
         """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs.
 
-        ``hold`` is let go with the restore."""
+        ``hold`` is let go with the restore. ``lazy``: the tasks' private memory follows later."""
 
 
 class CriuRun:
@@ -340,15 +345,17 @@ class HeldCriu:
         self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
     ) -> Dump:
         """See ``Checkpointer``."""
-        hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy_dump=lazy)
+        hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
         running = await self._start(command, hook, started)
         return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
 
-    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
+    async def restore(
+        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+    ) -> Restore:
         """See ``Checkpointer``."""
         with contextlib.ExitStack() as failing:
             failing.callback(hold.release)
-            hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
+            hook = Hook(self._work / "hook", journal, (POST_RESTORE,), lazy=lazy)
             running = await self._start(command, hook, started)
             failing.pop_all()
         return CriuRestore(running, hook, self._work, journal, hold)

@@ -178,10 +178,11 @@ class DestinationHalf(HalfWithMemory):
 
     async def _load_restore(self) -> Restore:
         """Start the restore up to where it needs images, so that its start is not part of the freeze."""
-        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=self._memory is not None)
+        lazy = self._memory is not None
+        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("restore", durable=False)
-        hold = self.images.hold()
-        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"), hold)
+        hold, started = self.images.hold(), self.record_criu("restore")
+        self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy)
         return self._restore
 
     async def _receive_go(self) -> Go:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -20,9 +18,11 @@ from coordinator.agent.obstacles import obstacles, socket_obstacles
 from coordinator.agent.own_namespace import configured_path, own_namespace
 from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
+from coordinator.agent.runtimes.oci import stray_processes
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
 from coordinator.facts import (
+    CONTAINER_RUNTIMES,
     CriuFacts,
     FirewallDrop,
     HostFacts,
@@ -50,7 +50,6 @@ _CAPABILITIES = {
     "CAP_SYS_RESOURCE": 24,
     "CAP_CHECKPOINT_RESTORE": 40,
 }
-_RUNTIMES = ("runc",)
 #: ``criu check --feature``: time namespaces let CLOCK_MONOTONIC go on without a jump on the other host; non-cooperative
 #: userfaultfd lets memory follow behind the restored tasks.
 _FEATURES = ("timens", "uffd-noncoop")
@@ -69,7 +68,7 @@ async def describe_host(interface: str, unfinished: tuple[str, ...]) -> HostFact
         euid=os.geteuid(),
         missing_capabilities=missing_capabilities(),
         criu=await _criu(),
-        runtimes={name: version for name in _RUNTIMES if (version := await _version(name))},
+        runtimes={name: version for name in CONTAINER_RUNTIMES if (version := await _version(name))},
         cgroup=cgroup_mode(),
         nf_tables=nf_tables,
         interface=await _interface(interface),
@@ -194,23 +193,24 @@ async def describe_workload(
     addresses = await _addresses(workload)
     try:
         tasks = await runtime.find()
+        definition = await runtime.definition()
     except CommandFailed as error:
         report(str(error))
-        return WorkloadFacts(state="absent", addresses=addresses, bundle_problem=error.message, moving=moving)
-    digest, problem = bundle_digest(workload)
+        return WorkloadFacts(state="absent", addresses=addresses, runtime_problem=error.message, moving=moving)
     common = {
         "addresses": addresses,
         "moving": moving,
-        "bundle_present": workload.bundle is None or bool(digest),
-        "bundle_problem": problem,
-        "bundle_digest": digest,
+        "bundle_present": definition.present,
+        "bundle_problem": definition.problem,
+        "bundle_digest": definition.digest,
     }
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
     if tasks.state != "running" or (workload.runtime == "process" and not addresses):
         state = tasks.state if tasks.state != "running" else "absent"
         path = configured_path(workload)
         taken = str(path) if path is not None and path.exists() else ""
-        return WorkloadFacts(state=state, namespace_taken=taken, **common)  # type: ignore[arg-type]
+        stray = _stray(workload) if state == "absent" else ""
+        return WorkloadFacts(state=state, namespace_taken=taken, runtime_problem=stray, **common)  # type: ignore[arg-type]
     own = own_namespace(workload, tasks.root_pid)
     if own.facts is not None:
         its_own = set(workload.addresses) & set(own.facts.addresses)
@@ -236,11 +236,21 @@ async def describe_workload(
         namespace=own.facts,
         obstacles=(
             *([own.obstacle] if own.obstacle is not None else []),
+            *definition.obstacles,
             *obstacles(workload, tree, missing_capabilities()),
             *socket_obstacles(found),
         ),
         **common,  # type: ignore[arg-type]
     )
+
+
+def _stray(workload: WorkloadSpec) -> str:
+    """What is left of a container that its runtime does not know."""
+    if workload.bundle is None or workload.container is None:
+        return ""
+    pids = stray_processes(Path(workload.bundle), workload.container)
+    named = f"{workload.runtime} does not know the container {workload.container}"
+    return f"{named}, and its control group has processes: {', '.join(map(str, pids))}" if pids else ""
 
 
 async def _addresses(workload: WorkloadSpec) -> dict[str, tuple[str, ...]]:
@@ -250,23 +260,6 @@ async def _addresses(workload: WorkloadSpec) -> dict[str, tuple[str, ...]]:
         return {address: tuple(record.interface for record in found) for address, found in places.items() if found}
     finally:
         book.close()
-
-
-def bundle_digest(workload: WorkloadSpec) -> tuple[str, str]:
-    """The digest of a container's configuration on this host, and why its bundle cannot be used; each may be empty."""
-    if workload.bundle is None:
-        return "", ""
-    config = Path(workload.bundle) / "config.json"
-    try:
-        content = config.read_bytes()
-        root = json.loads(content)["root"]["path"]
-    except FileNotFoundError:
-        return "", f"{config} does not exist"
-    except (ValueError, KeyError, TypeError) as error:
-        return "", f"{config} is no OCI runtime configuration: {error}"
-    rootfs = Path(workload.bundle) / root
-    usable = rootfs.is_dir() and any(rootfs.iterdir())
-    return hashlib.sha256(content).hexdigest(), "" if usable else f"{rootfs} is not there or empty"
 
 
 def _executable(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from coordinator.agent.tasks import PROC
@@ -17,7 +18,25 @@ def obstacles(
     for pid in pids:
         for obstacle in _of_process(workload, pid, missing_capabilities, proc):
             found.setdefault(obstacle.code, obstacle)
+    # The streams of a container's other processes are mostly its own. podman's monitor takes its streams along.
+    for pid in {"process": pids, "podman": []}.get(workload.runtime, pids[:1]):
+        for obstacle in _streams(pid, proc):
+            found.setdefault(obstacle.code, obstacle)
+    if pids and _namespace("self", proc) != _namespace(str(pids[0]), proc):
+        found["USER_NAMESPACE"] = Obstacle(
+            code="USER_NAMESPACE",
+            message=f"process {pids[0]} has a user namespace of its own",
+            hint="Run the container without one: CRIU would need CAP_NET_ADMIN over its network from within it.",
+        )
     return tuple(found.values())
+
+
+def _namespace(process: str, proc: Path) -> str:
+    """The user namespace of a process; empty if it is gone."""
+    try:
+        return str((proc / process / "ns/user").readlink())
+    except OSError:
+        return ""
 
 
 #: netfix's findings that stand in a move's way, with our codes. Those about addresses preflight makes itself, and those
@@ -61,20 +80,48 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                     hint="Refuse io_uring_setup with ENOSYS in the seccomp profile, or turn it off in the service.",
                 )
             )
-        if workload.runtime == "process" and descriptor in (0, 1, 2) and target.startswith("/dev/pts/"):
+        if workload.runtime != "process" and target.startswith("/") and _is_outside(pid, descriptor, proc):
+            found.append(
+                Obstacle(
+                    code="FILE_OUTSIDE",
+                    message=f"process {pid} has {target} open, outside its container (descriptor {descriptor})",
+                    hint="Start it with its standard streams at /dev/null, or mount the file into the container.",
+                )
+            )
+    return found
+
+
+def _is_outside(pid: int, descriptor: int, proc: Path) -> bool:
+    """Whether it is a regular file on a mount that the process does not see (proc(5), fdinfo and mountinfo)."""
+    try:
+        if not stat.S_ISREG((proc / str(pid) / "fd" / str(descriptor)).stat().st_mode):
+            return False
+        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
+        mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+        mounts = (proc / str(pid) / "mountinfo").read_text().splitlines()
+    except (OSError, StopIteration):
+        return False
+    return mount not in {line.split(maxsplit=1)[0] for line in mounts}
+
+
+def _streams(pid: int, proc: Path) -> list[Obstacle]:
+    """Standard streams that lead to something outside the workload."""
+    found = []
+    for descriptor, target in _descriptors(pid, proc):
+        if descriptor in (0, 1, 2) and target.startswith(("/dev/pts/", "/dev/console")):
             found.append(
                 Obstacle(
                     code="TERMINAL",
-                    message=f"process {pid} has the terminal {target} of this host as descriptor {descriptor}",
-                    hint="Start it with setsid and its standard streams at /dev/null.",
+                    message=f"process {pid} has the terminal {target} as descriptor {descriptor}, held outside",
+                    hint="Start it with setsid and its standard streams at /dev/null; a container without a terminal.",
                 )
             )
-        if workload.runtime == "process" and target.startswith("pipe:") and descriptor in (0, 1, 2):
+        if descriptor in (0, 1, 2) and target.startswith("pipe:"):
             found.append(
                 Obstacle(
                     code="EXTERNAL_PIPE",
                     message=f"process {pid} has a pipe to another process of this host as descriptor {descriptor}",
-                    hint="Let it log to a file or to /dev/null.",
+                    hint="Let it log to a file of its own or to /dev/null; or use podman, which takes its log.",
                 )
             )
     return found

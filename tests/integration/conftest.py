@@ -1,40 +1,28 @@
-"""The lab that the integration tests share: up once, down at the end."""
+"""The labs that the integration tests share: up once, down at the end."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from labs.lab import Lab, down
 from labs.state import Paths
-
-TESTS = Path(__file__).parent
-
-
-def lab_name(role: str) -> str:
-    """A name of this checkout's own, so that its tests meet neither a user's lab nor another checkout's tests."""
-    return f"{role}-{hashlib.sha256(str(TESTS).encode()).hexdigest()[:6]}"
+from tests.shared_lab import lab_name, running_lab
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
-    """A running lab. Of two test runs in one checkout, the second waits here for the first to end."""
-    lock = os.open(TESTS, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        down(Paths(lab_name("tests")))  # what a run that was killed has left, with its unfinished migrations
-        running = Lab.up(lab_name("tests"))
-        try:
-            yield running
-        finally:
-            running.down()
-    finally:
-        os.close(lock)
+    """A running lab."""
+    with running_lab("tests") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def packaged_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A running lab with the packages that the module names: PACKAGES = "runtimes"."""
+    with running_lab("extra", request.module.PACKAGES) as running:
+        yield running
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ ls /run/netns 2>/dev/null | sed 's/^/netns: /'
 ls /sys/class/net | grep -vE '^(lo|{INTERFACE}|{BRIDGE}|{BRIDGE_PORT})$' | sed 's/^/interface: /'
 awk '$5 ~ "^/run/livemove" {{ print "mount: " $5 }}' /proc/self/mountinfo
 for file in /proc/[0-9]*/cmdline; do
-    tr '\\0\\n' '  ' <"$file" 2>/dev/null | grep -E 'coordinator[.]agent|criu |runc (restore|checkpoint)' \\
+    tr '\\0\\n' '  ' <"$file" 2>/dev/null | grep -E 'coordinator[.]agent|criu |(crun|runc|container) (restore|check)' \\
         | cut -c-120 | sed "s,^,process $file: ,"
 done
 find /var/lib/livemove -type f 2>/dev/null | grep -vE '/(source|destination)[.]jsonl$' | sed 's/^/state: /'

@@ -49,6 +49,7 @@ PURE_OURS = frozenset(
         "preflight",
         "preflight_addresses",
         "preflight_namespace",
+        "preflight_runtime",
         "protocol",
         "journal",
     )
@@ -59,6 +60,7 @@ PURE = (
     "coordinator/preflight_addresses.py",
     "coordinator/preflight_namespace.py",
     "coordinator/move_facts.py",
+    "coordinator/preflight_runtime.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

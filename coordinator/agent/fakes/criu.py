@@ -240,7 +240,9 @@ class FakeCheckpointer:
         handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy, hidden=hidden)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
-    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
+    async def restore(
+        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+    ) -> Restore:
         """See ``Checkpointer``."""
         assert isinstance(hold, FakeImageHold)
         with contextlib.ExitStack() as failing:

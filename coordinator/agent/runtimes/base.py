@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from coordinator.agent.process import Command
+from coordinator.facts import Obstacle
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,18 +18,33 @@ class Tasks:
     root_pid: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What a restore needs of a workload on a host beside its tasks. ``digest`` is the same where it is the same;
+    ``problem``: why it cannot be used; ``obstacles``: what of it cannot be moved."""
+
+    present: bool = True
+    digest: str = ""
+    problem: str = ""
+    obstacles: tuple[Obstacle, ...] = ()
+
+
 class Runtime(Protocol):
     """One workload under one runtime on one host."""
+
+    async def definition(self) -> Definition:
+        """How the workload is defined here, whether it runs or not. Read-only."""
 
     async def find(self) -> Tasks:
         """Ask the runtime. Read-only."""
 
     async def prepare_restore(self) -> None:
-        """Make sure, without a change, that a restore can be attempted; raise ``RestoreFailed`` if not."""
+        """Make sure that a restore can be attempted; raise ``RestoreFailed`` if not. Leaves nothing to undo."""
 
     def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that dumps the running tasks with their connections into ``images``, logs into ``work``;
-        ``lazy``: without the pages that can be filled in later."""
+        ``lazy``: without the pages that can be filled in later, which CRIU is told by our hook's configuration file;
+        for a runtime that would tell it otherwise."""
 
     def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
         """The command that restores them, detached."""

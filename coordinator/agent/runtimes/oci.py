@@ -1,34 +1,44 @@
-"""OCI runtimes with runc's command line."""
+"""OCI runtimes with runc's command line: runc and crun."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 from coordinator.agent.process import Command, first_explaining_line, run
-from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.runtimes.base import Definition, Tasks
 from coordinator.errors import CommandFailed, ProtocolError, RestoreFailed
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import Obstacle, WorkloadSpec
 
-#: runc's word for a container whose tasks exist and may run. "paused" tasks would be restored paused.
+#: The word for a container whose tasks exist and may run. "paused" tasks would be restored paused.
 _RUNNING = "running"
+
+#: What they say of a container that they do not know, and crun of one whose status file is gone (libcrun/status.c).
+_UNKNOWN = ("does not exist", "/status`: No such file or directory")
+
+#: runc has to be told besides our hook's configuration file, because it overrules that with a "no" of its own
+#: (runc, libcontainer/criu_linux.go: LazyPages). crun 1.28 knows nothing of it and leaves it to the file.
+_LAZY_OPTION = {"runc": ("--lazy-pages",), "crun": ()}
 
 
 class OciRuntime:
-    """A container of ``runc``, known by its id, restored from the bundle of the same path on both hosts."""
+    """A container of ``runc`` or ``crun``, known by its id, restored from the bundle of the same path on both hosts."""
 
-    def __init__(self, workload: WorkloadSpec, program: str = "runc") -> None:
-        if workload.container is None or workload.bundle is None:
-            raise ProtocolError(f"workload {workload.name}: a {program} workload has a container and a bundle")
-        self._container = workload.container
-        self._bundle = workload.bundle
+    def __init__(self, program: str, container: str, bundle: str) -> None:
+        self._container = container
+        self._bundle = bundle
         self._program = program
 
+    async def definition(self) -> Definition:
+        """See ``Runtime``: config.json, by the bytes of it."""
+        return bundle_definition(Path(self._bundle))
+
     async def find(self) -> Tasks:
-        """See ``Runtime``. runc(8) state: exit status 1 and "does not exist" for a container it does not know."""
+        """See ``Runtime``. One without its state file is absent to both; it can be removed, and nothing else."""
         done = await run([self._program, "state", self._container])
         if done.status != 0:
-            if "does not exist" in done.stderr:
+            if any(words in done.stderr for words in _UNKNOWN):
                 return Tasks("absent")
             raise CommandFailed(f"{done.command}: exit status {done.status}: {first_explaining_line(done.stderr)}")
         state = json.loads(done.stdout)
@@ -55,20 +65,20 @@ class OciRuntime:
         options = ("--detach", "--bundle", self._bundle, *self._options(images, work, lazy))
         return Command((self._program, "restore", *options, self._container), {})
 
-    @staticmethod
-    def _options(images: Path, work: Path, lazy: bool) -> tuple[str, ...]:
+    def _options(self, images: Path, work: Path, lazy: bool) -> tuple[str, ...]:
         folders = ("--image-path", str(images), "--work-path", str(work))
-        return (*folders, "--tcp-established", "--file-locks", *(("--lazy-pages",) if lazy else ()))
+        return (*folders, "--tcp-established", "--file-locks", *(_LAZY_OPTION[self._program] if lazy else ()))
 
     async def adopt(self) -> int:
-        """See ``Runtime``. runc itself has recorded the container, at its post-restore notification."""
+        """See ``Runtime``. The runtime itself has recorded the container: runc at its post-restore notification, crun
+        when CRIU had ended."""
         tasks = await self.find()
         if tasks.state != "running":
             raise RestoreFailed(f"after the restore {self._program} says that {self._container} is {tasks.state}")
         return tasks.root_pid
 
     async def forget(self) -> None:
-        """See ``Runtime``. After a checkpoint runc removes the container by itself, unless it was cut short."""
+        """See ``Runtime``. After a checkpoint the runtime removes the container by itself, unless it was cut short."""
         await self._delete()
 
     async def discard(self) -> None:
@@ -77,5 +87,57 @@ class OciRuntime:
 
     async def _delete(self) -> None:
         done = await run([self._program, "delete", "--force", self._container])
-        if done.status != 0 and "does not exist" not in done.stderr:
+        if done.status != 0 and not any(words in done.stderr for words in _UNKNOWN):
             done.checked()
+
+
+def oci_runtime_of(workload: WorkloadSpec) -> OciRuntime:
+    """The runtime of a workload that names one of ``OCI_RUNTIMES``."""
+    if workload.container is None or workload.bundle is None:
+        raise ProtocolError(f"workload {workload.name}: a {workload.runtime} workload has a container and a bundle")
+    return OciRuntime(workload.runtime, workload.container, workload.bundle)
+
+
+def bundle_definition(bundle: Path) -> Definition:
+    """What a bundle says of its container (OCI runtime specification, config.md)."""
+    file = bundle / "config.json"
+    try:
+        content = file.read_bytes()
+        config = json.loads(content)
+        root = bundle / config["root"]["path"]
+        binds = [each for each in config.get("mounts", ()) if {"bind", "rbind"} & set(each.get("options", ()))]
+        missing = [each for each in binds if not (bundle / each["source"]).exists()]
+        devices = [each["path"] for each in config.get("linux", {}).get("devices") or ()]
+    except FileNotFoundError:
+        return Definition(present=False, problem=f"{file} does not exist")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Definition(present=False, problem=f"{file} is no OCI runtime configuration: {error}")
+    problem = ""
+    if missing:
+        problem = f"{missing[0]['source']} is not there, which is to be mounted on {missing[0]['destination']}"
+    if not root.is_dir() or not any(root.iterdir()):
+        problem = f"{root} is not there or empty"
+    return Definition(digest=hashlib.sha256(content).hexdigest(), problem=problem, obstacles=host_devices(devices))
+
+
+def host_devices(paths: list[str]) -> tuple[Obstacle, ...]:
+    """Devices of the host that a container is given; what CRIU knows of (/dev/null and the like) need not be given."""
+    message = f"the container has devices of its host: {', '.join(paths)}"
+    hint = "Run the service without them: what such a device holds cannot be moved."
+    return (Obstacle(code="HOST_DEVICES", message=message, hint=hint),) if paths else ()
+
+
+def stray_processes(bundle: Path, container: str, cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """The processes in a container's control group: if its runtime does not know it, they are all that is left of it.
+
+    Empty where the group cannot be told: without a plain ``cgroupsPath`` (the systemd driver's has colons), or without
+    cgroup version 2."""
+    try:
+        path = json.loads((bundle / "config.json").read_bytes())["linux"].get("cgroupsPath", f"/{container}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    base = next((each for each in (cgroups / "unified", cgroups) if (each / "cgroup.controllers").exists()), None)
+    if base is None or not isinstance(path, str) or ":" in path or ".." in path:
+        return []
+    group = base / path.lstrip("/")
+    return sorted(int(pid) for file in group.rglob("cgroup.procs") for pid in file.read_text().split())

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from coordinator.agent.process import Command, start_time
-from coordinator.agent.runtimes.base import Tasks
+from coordinator.agent.runtimes.base import Definition, Tasks
 from coordinator.errors import ProtocolError, RestoreFailed
 from coordinator.facts import WorkloadSpec
 
@@ -42,6 +42,10 @@ class ProcessTree:
             return None
         return int(text) if text.isdigit() and int(text) > 1 else None
 
+    async def definition(self) -> Definition:
+        """See ``Runtime``. A process is defined by nothing but its own files."""
+        return Definition()
+
     async def prepare_restore(self) -> None:
         """See ``Runtime``."""
         if taken := taken_pids(self._expected, self._proc):
@@ -55,17 +59,17 @@ class ProcessTree:
     def dump_command(self, tasks: Tasks, images: Path, work: Path, *, lazy: bool) -> Command:
         """See ``Runtime``."""
         options = ("--tree", str(tasks.root_pid), "--log-file", "dump.log")
-        return Command(("criu", "dump", *options, *self._options(images, work, lazy)), {})
+        return Command(("criu", "dump", *options, *self._options(images, work)), {})
 
     def restore_command(self, images: Path, work: Path, *, lazy: bool) -> Command:
         """See ``Runtime``."""
         options = ("--restore-detached", "--log-file", "restore.log")
-        return Command(("criu", "restore", *options, *self._options(images, work, lazy)), {})
+        return Command(("criu", "restore", *options, *self._options(images, work)), {})
 
     @staticmethod
-    def _options(images: Path, work: Path, lazy: bool) -> tuple[str, ...]:
+    def _options(images: Path, work: Path) -> tuple[str, ...]:
         folders = ("--images-dir", str(images), "--work-dir", str(work))
-        return (*folders, "--tcp-established", "--file-locks", "-v2", *(("--lazy-pages",) if lazy else ()))
+        return (*folders, "--tcp-established", "--file-locks", "-v2")
 
     async def adopt(self) -> int:
         """See ``Runtime``: writes the pid file, for whoever supervises the process here."""

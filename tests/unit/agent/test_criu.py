@@ -88,7 +88,7 @@ def sleeping() -> subprocess.Popen[bytes]:
 
 
 async def begun(criu: HeldCriu, journal: Journal, hold: InventoryHold, text: str = RESTORE) -> Restore:
-    restore = await criu.restore(script(text), journal.path, lambda _: None, hold)
+    restore = await criu.restore(script(text), journal.path, lambda _: None, hold, lazy=False)
     restore.begin()
     await restore.staged()
     return restore
@@ -134,7 +134,7 @@ async def test_criu_reads_no_images_before_they_are_complete(
     """Also when its agent lets go of it: then the restore ends without having begun."""
     touched = tmp_path / "touched"
     text = RESTORE.replace("at pre-restore", f"touch {touched}")
-    restore = await criu.restore(script(text), journal.path, lambda _: None, hold)
+    restore = await criu.restore(script(text), journal.path, lambda _: None, hold, lazy=False)
     restore.let_go()
     await restore.end()
     assert not touched.exists()
@@ -182,7 +182,13 @@ async def test_cancelled_while_it_starts_it_is_known_and_follows_the_journal(
 
     known: list[tuple[int, int]] = []
     starting = asyncio.ensure_future(
-        criu.restore(script(RESTORE), journal.path, lambda pid: known.append((pid, start_time(pid) or 0)), hold)
+        criu.restore(
+            script(RESTORE),
+            journal.path,
+            lambda pid: known.append((pid, start_time(pid) or 0)),
+            hold,
+            lazy=False,
+        )
     )
     await asyncio.sleep(0)
     starting.cancel()

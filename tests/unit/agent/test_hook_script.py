@@ -30,7 +30,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 @pytest.fixture
 async def hook(tmp_path: Path, journal: Journal) -> AsyncIterator[Hook]:
-    made = Hook(tmp_path / "it's a hook", journal.path, ACTIONS)
+    made = Hook(tmp_path / "it's a hook", journal.path, ACTIONS, lazy=False)
     yield made
     made.close()
 
@@ -148,10 +148,20 @@ async def test_at_post_resume_it_reports_and_holds_nothing_up(tmp_path: Path, ho
     assert await reached == 77
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_criu_is_told_by_its_configuration_file_whether_memory_follows(
+    tmp_path: Path, journal: Journal, *, lazy: bool
+) -> None:
+    made = Hook(tmp_path / "hook", journal.path, (PRE_DUMP, POST_DUMP), lazy=lazy)
+    made.close()
+    lines = made.config.read_text().splitlines()
+    assert lines == ["network-lock skip", f"action-script {tmp_path}/hook/hook", *(["lazy-pages"] if lazy else [])]
+
+
 @pytest.fixture
 async def lazy(tmp_path: Path, journal: Journal) -> AsyncIterator[Hook]:
     """The hook of a dump that leaves pages out."""
-    made = Hook(tmp_path / "it's a hook", journal.path, (PRE_DUMP, POST_DUMP), lazy_dump=True)
+    made = Hook(tmp_path / "it's a hook", journal.path, (PRE_DUMP, POST_DUMP), lazy=True)
     yield made
     made.close()
 
@@ -188,7 +198,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from coordinator.agent.criu import Hook
-hook = Hook(Path(sys.argv[1]), Path(sys.argv[2]), ("pre-dump", "post-dump", "post-restore"))
+hook = Hook(Path(sys.argv[1]), Path(sys.argv[2]), ("pre-dump", "post-dump", "post-restore"), lazy=False)
 print("held", flush=True)
 sys.stdin.read()
 """

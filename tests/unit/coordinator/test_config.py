@@ -124,6 +124,10 @@ def test_bad_ssh_targets(text: str) -> None:
             HOSTS + WORKLOADS.replace('container = "counter"\n', ""),
             'workloads.counter.container: missing; write container = "counter"',
         ),
+        (
+            HOSTS + WORKLOADS.replace('"runc"', '"crun"').replace('container = "counter"\n', "root_pid = 7\n"),
+            'workloads.counter.root_pid: not allowed with runtime = "crun"; remove it, or write runtime = "process"',
+        ),
         (HOSTS + WORKLOADS.replace('"/srv', '"srv'), "workloads.counter.bundle: 'srv/counter' is not an absolute path"),
         (
             HOSTS + WORKLOADS.replace("pid_file", "bundle"),

@@ -178,6 +178,8 @@ SMALL_HOST_BYTES = (64 << 20) + (64 << 20)
         (with_hosts(beta=replace(BETA, cgroup="hybrid")), ["CGROUP_DIFFERS"]),
         (with_hosts(beta=replace(BETA, cgroup="none")), ["CGROUP_MISSING"]),
         ({"workload": PROCESS, **with_hosts(beta=replace(BETA, cgroup="hybrid", runtimes={}))}, []),
+        ({"workload": replace(COUNTER, runtime="crun")}, ["RUNTIME_MISSING"] * 2),
+        (with_workloads(beta=replace(ABSENT, runtime_problem="it has processes")), ["RUNTIME_LOST_IT"]),
         (with_hosts(beta=interface(BETA, mtu=9000)), ["MTU_DIFFERS"]),
         (with_workloads(TOO_BIG), ["NOT_ENOUGH_SPACE"] * 2),
         (with_hosts(beta=replace(BETA, memory_available_bytes=SMALL_HOST_BYTES)), ["NOT_ENOUGH_SPACE"]),

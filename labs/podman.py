@@ -1,0 +1,55 @@
+"""The lab's containers under podman: created on every host, from the host's own root file system, running on one.
+
+podman on a lab host keeps whole copies of layers (`vfs`): an overlay cannot stand on the host's own. A limit on
+processes, podman's default, is left out, because a host may lack the controller.
+"""
+
+from __future__ import annotations
+
+from labs import config, oci
+from labs.machines import Host
+
+STORAGE = """\
+[storage]
+driver = "vfs"
+runroot = "/run/containers/storage"
+graphroot = "/var/lib/containers/storage"
+"""
+CONTAINERS = "[containers]\npids_limit = 0\n"
+
+
+def install(machine: Host, workload: config.Workload, command: list[str], environment: dict[str, str]) -> None:
+    """Create the container, as it now is to be. Undo: `uninstall`."""
+    assert workload.container
+    machine.write_file("/etc/containers/storage.conf", STORAGE)
+    machine.write_file("/etc/containers/containers.conf", CONTAINERS)
+    rootfs = f"/srv/{workload.container}/rootfs"
+    machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
+    remove(machine, workload.container)
+    options = ["--name", workload.container, "--network", "host", "--read-only", "--hostname", workload.name]
+    options += [f"--env={name}={value}" for name, value in environment.items()]
+    machine.run(["podman", "create", *options, "--rootfs", rootfs, *command])
+
+
+def uninstall(machine: Host, workload: config.Workload) -> None:
+    """Remove the container and its root."""
+    assert workload.container
+    remove(machine, workload.container)
+    machine.run(["sh", "-c", f"umount /srv/{workload.container}/rootfs && rm -r /srv/{workload.container}"])
+
+
+def remove(machine: Host, container: str) -> None:
+    """Remove the container, if there is one."""
+    machine.run(["podman", "rm", "--force", "--ignore", "--time", "0", container])
+
+
+def end(machine: Host, workload: config.Workload) -> None:
+    """Stop the container, if there is one: it stays, at rest."""
+    assert workload.container
+    machine.run(["podman", "stop", "--ignore", "--time", "0", workload.container], check=False)
+
+
+def status(machine: Host, container: str) -> str:
+    """What podman says of it, empty if it has none of that name."""
+    done = machine.run(["podman", "container", "inspect", "--format", "{{.State.Status}}", container], check=False)
+    return done.stdout.strip()

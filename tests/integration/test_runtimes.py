@@ -1,0 +1,153 @@
+"""Containers of every runtime move, and afterwards the runtime itself agrees: on the destination, and on the source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+
+from labs import config, oci, workloads
+from labs.lab import Lab
+from labs.machines import Host
+from tests.integration.command import livemove, migrate
+from tests.integration.faults import failing_criu, until
+from tests.integration.scene import CONNECTIONS, Scene
+
+PACKAGES = "runtimes"
+ADDRESSES = {"runc": "192.0.2.236/24", "crun": "192.0.2.237/24", "podman": "192.0.2.238/24"}
+Runtime = Literal["runc", "crun", "podman"]
+#: What stock of the household is when it is taken for the first time, and what of it counts the times.
+COUNTING = ("asked", "piped", "terminal", "deleted", "kept")
+EVERYTHING = dict.fromkeys(COUNTING, 1) | {
+    "threads": 4,
+    "children": 2,
+    "seccomp": 2,
+    "no_new_privileges": 1,
+    "files_limit": [1000, 1000],
+    "read_only": True,
+    "locked": True,
+}
+STATES = {"runc": "/run/runc/{}/state.json", "crun": "/run/crun/{}/status"}
+
+
+def scene_of(lab: Lab, runtime: Runtime, program: str = "pattern_server") -> Scene:
+    name = f"in-{runtime}"
+    bundle = f"/srv/{name}" if runtime != "podman" else None
+    lab.add_workload(config.Workload(name, runtime, (ADDRESSES[runtime],), container=name, bundle=bundle))
+    return Scene.start(lab, name, memory_mb=8, dirty_mb_s=1, program=program)
+
+
+@pytest.fixture
+def scene(packaged_lab: Lab, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    made = scene_of(packaged_lab, request.param)
+    yield made
+    made.close()
+
+
+every_runtime = pytest.mark.parametrize("scene", ADDRESSES, indirect=True)
+bare_runtimes = pytest.mark.parametrize("scene", STATES, indirect=True)
+
+
+def says(host: Host, scene: Scene) -> str:
+    """What the runtime says of the container on a host; nothing, where it does not have it or has it at rest."""
+    runtime, name = scene.workload.runtime, scene.workload.name
+    if runtime == "podman":
+        return host.run(["podman", "ps", "--filter", f"name={name}", "--format", "{{.State}}"]).stdout.strip()
+    done = host.run([runtime, "state", name], check=False)
+    return str(json.loads(done.stdout)["status"]) if done.returncode == 0 else ""
+
+
+def agreed(scene: Scene) -> dict[str, str]:
+    return {host: word for host in ("alpha", "beta", "gamma") if (word := says(scene.lab.host(host), scene))}
+
+
+def stock(scene: Scene, host: str) -> dict[str, Any]:
+    """What the service says of all that goes on in its container."""
+    machine, data = scene.lab.host(host), f"{scene.workload.bundle}/data"
+    machine.run(["sh", "-c", f"rm -f {data}/stock && touch {data}/ask"])
+    until(lambda: machine.run(["test", "-e", f"{data}/stock"], check=False).returncode == 0, "stock was taken")
+    taken: dict[str, Any] = json.loads(machine.read_file(f"{data}/stock"))
+    return taken
+
+
+@pytest.mark.parametrize("runtime", STATES)
+def test_everything_in_a_container_goes_on(packaged_lab: Lab, runtime: Runtime) -> None:
+    scene = scene_of(packaged_lab, runtime, "household")
+    try:
+        first = stock(scene, "alpha")
+        assert first == EVERYTHING
+        for asked, destination in enumerate(("beta", "alpha", "beta"), 2):
+            scene.begin_hop()
+            said = migrate(scene.lab, scene.workload.name, destination)
+            assert said.status == 0, said.stdout + said.stderr
+            scene.unharmed(destination)
+            assert stock(scene, destination) == EVERYTHING | dict.fromkeys(COUNTING, asked)
+    finally:
+        scene.close()
+
+
+@pytest.mark.parametrize("runtime", STATES)
+def test_what_cannot_be_moved_is_told(packaged_lab: Lab, runtime: Runtime) -> None:
+    """A user namespace, standard output into a pipe, an error log on the host."""
+    scene = scene_of(packaged_lab, runtime)
+    alpha, name = scene.lab.host("alpha"), scene.workload.name
+    try:
+        alpha.run([runtime, "delete", "--force", name])
+        told = oci.with_a_user_namespace(json.loads(alpha.read_file(f"{scene.workload.bundle}/config.json")))
+        told["process"]["args"] = ["sleep", "1000"]
+        alpha.write_file(f"{scene.workload.bundle}/config.json", json.dumps(told))
+        start = f"{runtime} run --detach --bundle {scene.workload.bundle} {name} </dev/null 2>/run/log | cat"
+        with alpha.popen(["sh", "-c", start]) as logger:
+            until(lambda: says(alpha, scene) == "running", "the container runs")
+            said = livemove(scene.lab, "check", name, "--to", "beta", "--json")
+            alpha.run([runtime, "delete", "--force", name])
+            logger.wait()
+        found = {each["code"] for each in said.report["findings"]}
+        assert {"USER_NAMESPACE", "EXTERNAL_PIPE", "FILE_OUTSIDE"} <= found
+    finally:
+        scene.close()
+
+
+@every_runtime
+def test_the_runtime_agrees_wherever_it_is(scene: Scene) -> None:
+    for destination, options in (("beta", ()), ("alpha", ("--mode", "stop-copy")), ("beta", ("--mode", "post-copy"))):
+        scene.begin_hop()
+        said = migrate(scene.lab, scene.workload.name, destination, *options)
+        assert said.status == 0, said.stdout + said.stderr
+        assert said.report["connections"] == {"established": CONNECTIONS, "restored": CONNECTIONS}
+        scene.unharmed(destination)
+        assert agreed(scene) == {destination: "running"}
+    beta, runtime, name = scene.lab.host("beta"), scene.workload.runtime, scene.workload.name
+    assert "pattern_server" in beta.run([runtime, "exec", name, "cat", "/proc/1/cmdline"]).stdout
+    beta.run([runtime, *(["stop", "--time", "0", name] if runtime == "podman" else ["kill", name, "KILL"])])
+    until(lambda: agreed(scene) != {"beta": "running"}, "a container that was killed does not run")
+    assert workloads.where(scene.lab, scene.workload) == []
+
+
+@every_runtime
+def test_a_restore_that_fails_leaves_the_runtime_as_it_was(scene: Scene) -> None:
+    scene.begin_hop()
+    with failing_criu(scene.lab.host("beta"), "swrk"):
+        said = migrate(scene.lab, scene.workload.name, "beta")
+    assert said.status == 4, said.stdout + said.stderr
+    scene.unharmed("alpha")
+    assert agreed(scene) == {"alpha": "running"}
+    assert migrate(scene.lab, scene.workload.name, "beta").status == 0
+    scene.unharmed("beta")
+    assert agreed(scene) == {"beta": "running"}
+
+
+@bare_runtimes
+def test_a_runtime_that_lost_its_state_file_is_told(scene: Scene) -> None:
+    alpha, name = scene.lab.host("alpha"), scene.workload.name
+    state = STATES[scene.workload.runtime].format(name)
+    alpha.run(["mv", state, f"{state}.lost"])
+    try:
+        said = livemove(scene.lab, "check", name, "--to", "beta", "--json")
+    finally:
+        alpha.run(["mv", f"{state}.lost", state])
+    assert said.status == 3
+    assert {"RUNTIME_LOST_IT", "WORKLOAD_NOT_RUNNING"} <= {each["code"] for each in said.report["findings"]}
+    scene.unharmed("alpha")
