@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.agent import tasks
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, Tracker
+from coordinator.agent.memory import write_protect
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping, Tracker
 from coordinator.agent.memory.choose import choose_tracker
+from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pages import read_pages
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.write_protect import WriteProtectTracker
@@ -144,6 +146,28 @@ def test_memory_that_grows_in_place_is_told(target: Target, tracker: Tracker) ->
     assert within(tracker.collect().dirty, start, 64) == pages(start, 20, 21)
     target.run("put(a + 20 * PAGE, 2); put(a + 3 * PAGE, 2)")
     assert within(tracker.collect().dirty, start, 64) == pages(start, 3, 20)
+
+
+def test_memory_that_grows_while_it_is_registered_stays_one_mapping(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mremap(2) refuses to resize what the kernel has split."""
+    start = target.run("(a := area(64))")
+    target.run("libc.munmap(a + 4 * PAGE, 60 * PAGE); put(a, 1, 4)")
+
+    def read_and_grow(pid: int) -> list[Mapping]:
+        found = read_mappings(pid)
+        assert target.run("libc.mremap(a, 4 * PAGE, 8 * PAGE, 0, None)") == start
+        return found
+
+    with contextlib.closing(WriteProtectTracker(target.pid)) as tracker:
+        monkeypatch.setattr(write_protect, "read_mappings", read_and_grow)
+        tracker.collect()
+        monkeypatch.undo()
+        moved = target.run("(b := libc.mremap(a, 8 * PAGE, 12 * PAGE, 1, None))")
+        assert moved != (1 << 64) - 1
+        target.run("put(b, 2, 12)")
+        assert within(tracker.collect().dirty, moved, 12) == pages(moved, *range(12))
 
 
 def test_a_growing_heap_is_told(target: Target, tracker: Tracker) -> None:

@@ -86,10 +86,10 @@ for flag in (dumper._LAZY, dumper._PRESENT):
 
 
 @pytest.mark.parametrize("name", ["counter", "echo"])
-@pytest.mark.parametrize(("memory_mb", "hides"), [(16, False), (192, True)])
+@pytest.mark.parametrize(("memory_mb", "hides"), [(16, False), (160, True)])
 def test_a_move_hides_pages_where_that_is_faster(lab: Lab, name: str, memory_mb: int, hides: bool) -> None:
-    """Told by the images on the source, in the middle of the freeze."""
-    scene = Scene.start(lab, name, memory_mb=memory_mb, dirty_mb_s=3)
+    """Memory of every kind. Told by the images on the source, in the middle of the freeze."""
+    scene = Scene.start(lab, name, memory_mb=memory_mb, dirty_mb_s=3, program="memory_server")
     alpha = lab.host("alpha")
     try:
         with (
@@ -97,13 +97,14 @@ def test_a_move_hides_pages_where_that_is_faster(lab: Lab, name: str, memory_mb:
             Livemove(lab, "migrate", name, "--to", "beta", "--mode", "pre-copy", "--json") as move,
             code_on(alpha),
         ):
+            move.said("alpha: frozen")  # on a busy machine half a gigabyte takes a while until then
             hold.reached(move)
             found = alpha.run(["env", f"PYTHONPATH={CODE}", "python3", "-S", "-c", IMAGES]).stdout
             hold.go()
             said = move.finish()
         lazy, present = map(int, found.split())
         assert present > 0
-        assert lazy == 0 if hides else lazy > memory_mb * 256
+        assert lazy == 0 if hides else lazy > memory_mb * 256 // 2
         check_moved(said, scene)
         assert "every page" not in said.stderr
     finally:

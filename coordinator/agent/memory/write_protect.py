@@ -97,7 +97,7 @@ class WriteProtectTracker:
             raise TargetGone(f"process {self._pid} is gone")
         memory = trackable(mappings)
         with Pagemap(self._pid) as pagemap:
-            added = self._register_new(pagemap, memory)
+            added = self._register_new(pagemap, mappings, memory)
             written = self._take_written(pagemap, protect=not last)
             held = scan_held(self._pid, pagemap, memory, self._objects)
         if not last:
@@ -118,8 +118,8 @@ class WriteProtectTracker:
         self._known, self._objects, self._lazy = held.pages, held.objects, lazy
         return Changes(to_runs(dirty, mappings), plain_runs(dropped), tuple(mappings), count_pages(held.pages))
 
-    def _register_new(self, pagemap: Pagemap, memory: list[Mapping]) -> Spans:
-        """Register the mappings that hold pages and are not registered; return those that the kernel took.
+    def _register_new(self, pagemap: Pagemap, mappings: list[Mapping], memory: list[Mapping]) -> Spans:
+        """Register those of ``memory`` that hold pages and are not registered; return those that the kernel took.
 
         A shared one may hold pages that are not in the page table. One that has grown in place is registered already in
         part, and keeps its marks."""
@@ -132,9 +132,10 @@ class WriteProtectTracker:
         shared = intersection(missing, spans_of(each for each in memory if each.shared))
         added: Spans = []
         read_only: Spans = []
+        rooms = rooms_of(mappings)
         for mapping in _touching(memory, union(exposed, self._unwatched, grown, shared)):
             new = bool(intersection([(mapping.start, mapping.end)], exposed))
-            refusal = (register_clean if new else register)(self._userfaultfd, mapping.start, mapping.end)
+            refusal = self._register(mapping, rooms[mapping.start], new)
             if not refusal:
                 added.append((mapping.start, mapping.end))
             elif refusal == errno.EPERM and mapping.shared:
@@ -142,6 +143,16 @@ class WriteProtectTracker:
         self._read_only = normalise(read_only)
         self._registered = union(self._registered, normalise(added))
         return normalise(added)
+
+    def _register(self, mapping: Mapping, room: tuple[int, int], new: bool) -> int:
+        """Register a mapping with the room it has to grow into.
+
+        The process runs, and its mapping may have grown since we read of it. If our range ended inside it, the kernel
+        would split it there, and mremap(2) refuses (EFAULT) to resize what is more than one mapping. Huge pages want
+        a range that is aligned to their size, which the room may not be: they do not grow."""
+        take = register_clean if new else register
+        refusal = take(self._userfaultfd, *room)
+        return take(self._userfaultfd, mapping.start, mapping.end) if refusal == errno.EINVAL else refusal
 
     def _take_written(self, pagemap: Pagemap, protect: bool) -> Spans:
         """The pages written since they were marked; with ``protect`` they are marked again in the same step."""
@@ -159,6 +170,15 @@ class WriteProtectTracker:
                 )
             )
         return normalise(found)
+
+
+def rooms_of(mappings: list[Mapping]) -> dict[int, tuple[int, int]]:
+    """By its start, each mapping with the free addresses on both its sides, up to its neighbours (pure)."""
+    ends = [mapping.end for mapping in mappings]
+    starts = [mapping.start for mapping in mappings]
+    below = [*starts[:1], *ends[:-1]]
+    above = [*starts[1:], *ends[-1:]]
+    return dict(zip(starts, zip(below, above, strict=True), strict=True))
 
 
 def _touching(mappings: list[Mapping], spans: Spans) -> list[Mapping]:
