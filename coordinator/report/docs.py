@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coordinator.errors import EXIT_MEANINGS, LivemoveError
-from coordinator.findings import CHECKS, OBSTACLES
+from coordinator.checks import CHECKS, OBSTACLES
 
 _MADE = "<!-- Made from {source} by `python -m coordinator.report.docs`: edit there, then run it. -->\n"
 
@@ -38,7 +38,7 @@ def checks_page() -> str:
     """docs/checks.md: every finding of ``doctor`` and ``check``."""
     lines = [
         "# Findings of `livemove doctor` and `livemove check`",
-        _MADE.format(source="coordinator/findings.py"),
+        _MADE.format(source="coordinator/checks.py"),
         "An error forbids the move: `migrate` refuses with exit status 3 and touches nothing. A warning is told, and",
         "the move goes on. The codes never change. A host that cannot be asked is told with the code of the error,",
         "from [errors.md](errors.md).\n",

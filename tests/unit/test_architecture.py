@@ -61,6 +61,7 @@ PURE = (
     "coordinator/preflight_namespace.py",
     "coordinator/move_facts.py",
     "coordinator/preflight_runtime.py",
+    "coordinator/checks.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

@@ -12,7 +12,7 @@ from coordinator.agent.obstacles import obstacles
 from coordinator.agent.runtimes.oci import bundle_definition
 from coordinator.agent.runtimes.podman import digest_of, obstacles_of
 from coordinator.facts import RuntimeName, WorkloadSpec
-from coordinator.findings import OBSTACLES
+from coordinator.checks import OBSTACLES
 
 ABOUT: dict[str, Any] = {
     "Id": "4a5b",

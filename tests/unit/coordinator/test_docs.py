@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.agent.obstacles import _SOCKET_CODES
 from coordinator.errors import EXIT_MEANINGS, ExitCode, LivemoveError
-from coordinator.findings import CHECKS, OBSTACLES
+from coordinator.checks import CHECKS, OBSTACLES
 from coordinator.report.docs import PAGES, write
 
 ROOT = Path(__file__).parents[3]

@@ -24,7 +24,8 @@ from coordinator.facts import (
     WorkloadSpec,
 )
 from coordinator.fakes import healthy_facts
-from coordinator.findings import CHECKS, finding, in_order
+from coordinator.checks import CHECKS
+from coordinator.findings import finding, in_order
 from coordinator.move_facts import MoveFacts, service_ports
 from coordinator.preflight import host_findings, is_unicast_mac, move_findings, numbers, release
 from coordinator.protocol import SelfTestResult
