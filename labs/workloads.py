@@ -66,7 +66,7 @@ class Workload(config.Workload):
     @property
     def command(self) -> list[str]:
         """The service's command line, the same in a container and as a plain process."""
-        argv = ["python3", "-B", "-m", f"labs.services.{self.program}", "--port", str(PORT)]
+        argv = ["python3", "-B", "-m", f"labs.programs.{self.program}", "--port", str(PORT)]
         for address in self.listens_on:
             argv += ["--address", address]
         argv += ["--memory-mb", str(self.memory_mb), "--dirty-mb-s", f"{self.dirty_mb_s:g}"]
@@ -141,8 +141,8 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
 
 def _install_code(machine: Host) -> None:
     """Size and time of the files are the same everywhere: a mapped or open file is compared by them."""
-    source = Path(__file__).parent / "services"
-    directory = f"{CODE}/labs/services"
+    source = Path(__file__).parent / "programs"
+    directory = f"{CODE}/labs/programs"
     machine.run(["mkdir", "-p", directory])
     for name in SERVICE_FILES:
         machine.write_file(f"{directory}/{name}", (source / name).read_text(), 0o644)
