@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 from labs import config, oci
 from labs.commands import LabError
@@ -49,6 +50,7 @@ class Workload(config.Workload):
     memory_mb: int = 0
     dirty_mb_s: float = 0.0
     program: str = "pattern_server"
+    port: int = PORT
 
     @classmethod
     def of_lab(cls, lab: Lab, name: str, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Workload:
@@ -66,7 +68,7 @@ class Workload(config.Workload):
     @property
     def command(self) -> list[str]:
         """The service's command line, the same in a container and as a plain process."""
-        argv = ["python3", "-B", "-m", f"labs.programs.{self.program}", "--port", str(PORT)]
+        argv = ["python3", "-B", "-m", f"labs.programs.{self.program}", "--port", str(self.port)]
         for address in self.listens_on:
             argv += ["--address", address]
         argv += ["--memory-mb", str(self.memory_mb), "--dirty-mb-s", f"{self.dirty_mb_s:g}"]
@@ -134,8 +136,8 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     file: after a move no file need be where it was."""
     inside = ["nsenter", f"--net=/run/netns/{workload.netns}"] if workload.netns else []
     # Without the namespace there is nothing that could listen in it.
-    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{PORT}"], check=not inside).stdout.splitlines()
-    local = {f"[{a}]:{PORT}" if ":" in a else f"{a}:{PORT}" for a in workload.listens_on}
+    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{workload.port}"], check=not inside).stdout.splitlines()
+    local = {f"[{a}]:{workload.port}" if ":" in a else f"{a}:{workload.port}" for a in workload.listens_on}
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
 
 
@@ -150,8 +152,7 @@ def _install_code(machine: Host) -> None:
 
 
 def _install_bundle(machine: Host, workload: Workload) -> None:
-    assert workload.bundle and workload.container
-    rootfs = f"{workload.bundle}/rootfs"
+    assert workload.container
     description = oci.config(
         hostname=workload.name,
         command=workload.command,
@@ -159,6 +160,12 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         name=workload.container,
         netns=workload.netns,
     )
+    put_bundle(machine, workload, description)
+
+
+def put_bundle(machine: Host, workload: Workload, description: dict[str, Any]) -> None:
+    """Put a container's bundle on a host. May be repeated. Undo: `uninstall`."""
+    rootfs = f"{workload.bundle}/rootfs"
     # The container's root is the host's own, read-only: what is mounted in the host is not in it.
     _shell(machine, f"mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}")
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
@@ -205,7 +212,7 @@ def _wait_until_listening(machine: Host, workload: Workload) -> None:
     while not listening_pids(machine, workload):
         if time.monotonic() > deadline or (workload.container and not _runs(machine, workload.container)):
             said = machine.run(["cat", f"/run/{workload.container}.log"], check=False).stdout
-            raise LabError(f"{machine.name}: {workload.name} does not listen on port {PORT}\n{said}".rstrip())
+            raise LabError(f"{machine.name}: {workload.name} does not listen on port {workload.port}\n{said}".rstrip())
         time.sleep(0.02)
 
 
