@@ -21,6 +21,7 @@ from rich.table import Table
 from labs import lab as labs
 from labs.commands import LabError
 from labs.lab import Lab
+from labs.root import EXTRAS
 from labs.state import Paths
 
 EXIT_NOT_UP = 3
@@ -39,15 +40,20 @@ def cli(context: click.Context, name: str) -> None:
 
 
 @cli.command()
+@click.option(
+    "--packages", type=click.Choice(tuple(EXTRAS)), default="base", show_default=True, help="What hosts have installed."
+)
 @click.pass_obj
-def up(paths: Paths) -> None:
+def up(paths: Paths, packages: str) -> None:
     """Build the lab; nothing happens if it is up."""
     started = time.monotonic()
-    if labs.find(paths) is not None:
+    running = labs.find(paths)
+    if running is not None:
+        running.with_packages(packages)
         stderr.print(f"Lab {paths.name!r} is up already: {paths.config}")
         return
     with stderr.status("Building the lab"):
-        Lab.up(paths.name, progress=lambda step: stderr.print(f"• {step}"))
+        Lab.up(paths.name, lambda step: stderr.print(f"• {step}"), packages=packages)
     stderr.print(f"Lab {paths.name!r} is up after {time.monotonic() - started:.1f} s: {paths.config}")
 
 

@@ -25,20 +25,24 @@ class Lab:
 
     paths: Paths
     machines: dict[str, Machine]
+    packages: str
 
     @classmethod
-    def up(cls, name: str = "lab", progress: Callable[[str], None] = lambda _: None) -> Lab:
-        """The lab of that name, built if it is not up. What is there of a broken one is taken down first."""
+    def up(cls, name: str = "lab", progress: Callable[[str], None] = lambda _: None, *, packages: str = "base") -> Lab:
+        """The lab of that name, built if it is not up. What is there of a broken one is taken down first.
+
+        ``packages``: one of ``root.EXTRAS``. A lab that is up with others than these and `base` is a LabError.
+        """
         paths = Paths(name)
         with all_labs_locked(), ExitStack() as undo:
             running = find(paths)
             if running is not None:
-                return running
+                return running.with_packages(packages)
             if exists(paths):
                 progress("Taking down what is left of the lab")
             _remove(paths)
-            progress("Debian root" if root.is_cached() else "Debian root, built once (about 20 s)")
-            lower = root.ensure()
+            progress(f"Debian root {packages}" + ("" if root.is_cached(packages) else ", built once (20 s or more)"))
+            lower = root.ensure(packages)
             undo.callback(_remove, paths)
             progress("Network segment and keys")
             paths.directory.mkdir(mode=0o700)
@@ -50,7 +54,7 @@ class Lab:
             progress("Hosts")
             with ThreadPoolExecutor() as together:
                 started = together.map(lambda host: start_host(paths, host, lower), HOSTS)
-                record = Record(str(lower), dict(zip((host.name for host in HOSTS), started, strict=True)))
+                record = Record(str(lower), packages, dict(zip((host.name for host in HOSTS), started, strict=True)))
             shutil.rmtree(paths.directory / "seed")
             config.write(paths)
             record.save(paths.record)
@@ -79,6 +83,15 @@ class Lab:
     def config_path(self) -> Path:
         """The configuration that livemove reads."""
         return self.paths.config
+
+    def with_packages(self, packages: str) -> Lab:
+        """This lab, if its hosts have that set of packages."""
+        if packages not in ("base", self.packages):
+            raise LabError(
+                f"lab {self.name!r} is up with the packages {self.packages!r}, without {packages!r};"
+                f" run: labs/lab --name {self.name} down"
+            )
+        return self
 
     def machine(self, name: str) -> Machine:
         """Any machine of the lab."""
@@ -146,7 +159,7 @@ def _described(paths: Paths, record: Record) -> Lab:
     for station in STATIONS:
         known = record.hosts.get(station.name)
         machines[station.name] = Machine(paths, station) if known is None else Host(paths, station, known)
-    return Lab(paths, machines)
+    return Lab(paths, machines, record.packages)
 
 
 def _remove(paths: Paths) -> None:

@@ -1,4 +1,4 @@
-"""The Debian root that all hosts stand on: built once, cached under the hash of its recipe, never written to."""
+"""The Debian roots that hosts stand on: built once, cached under the hash of their recipe, never written to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,16 @@ PACKAGES = (
     "tini",
     "util-linux",
 )
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "runtimes": ("crun", "libcriu2", "podman"),
+}
+"""Sets of packages beside those of every lab. Each has a root of its own, built when the first lab asks for it:
+``labs/lab up --packages NAME``, ``Lab.up(name, packages="NAME")``; in tests the fixture ``packaged_lab``."""
+
+OBSOLETE_S = 7 * 86400
+"""A root of another recipe (another checkout's) is kept so long."""
+
 UNWANTED = ("doc", "doc-base", "info", "locale", "man", "i18n", "lintian", "bug")
 OPTIONS = (
     "--variant=minbase",
@@ -40,32 +51,35 @@ OPTIONS = (
     '--aptopt=Acquire::Languages "none"',
     "--dpkgopt=force-unsafe-io",
     *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED),
-    f"--include={','.join(PACKAGES)}",
     # Every host gets keys of its own when it goes up.
     '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_*',
 )
 
 
-def recipe_hash() -> str:
-    recipe = "\n".join((SUITE, platform.machine(), *OPTIONS))
-    return hashlib.sha256(recipe.encode()).hexdigest()[:12]
+def options(packages: str) -> tuple[str, ...]:
+    """mmdebstrap's options for a set of packages; a LabError for one that is not there."""
+    if packages not in EXTRAS:
+        raise LabError(f"no set of packages {packages!r}; there are: {', '.join(EXTRAS)}")
+    return (*OPTIONS, f"--include={','.join((*PACKAGES, *EXTRAS[packages]))}")
 
 
-def cached_root() -> Path:
-    return CACHE / f"root-{recipe_hash()}"
+def cached_root(packages: str) -> Path:
+    """Where the root of a set of packages is, or will be."""
+    recipe = "\n".join((SUITE, platform.machine(), *options(packages)))
+    return CACHE / f"root-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
-def is_cached() -> bool:
-    return cached_root().is_dir()
+def is_cached(packages: str) -> bool:
+    return cached_root(packages).is_dir()
 
 
-def ensure() -> Path:
-    """The root, built now if need be (some 20 s)."""
-    root = cached_root()
+def ensure(packages: str) -> Path:
+    """The root with that set of packages, built now if need be (`base`: some 20 s)."""
+    root = cached_root(packages)
     with _cache_locked():
         if not root.is_dir():
-            _build(root)
-            _remove_old(keep=root)
+            _build(root, packages)
+            _remove_old()
     return root
 
 
@@ -80,12 +94,12 @@ def _cache_locked() -> Iterator[None]:
         os.close(descriptor)
 
 
-def _build(root: Path) -> None:
+def _build(root: Path, packages: str) -> None:
     """Build beside its place and rename: a root in its place is a whole one."""
     building = root.with_name("building")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        run(["mmdebstrap", *OPTIONS, *_trust(), SUITE, str(building), mirror()], timeout=900)
+        run(["mmdebstrap", *options(packages), *_trust(), SUITE, str(building), mirror()], timeout=900)
         building.rename(root)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -96,10 +110,11 @@ def _trust() -> list[str]:
     return [f"--keyring={keyring}" for keyring in KEYRINGS if keyring.exists()][:1]
 
 
-def _remove_old(keep: Path) -> None:
-    in_use = roots_in_use()
+def _remove_old() -> None:
+    keep = roots_in_use() | {str(cached_root(packages)) for packages in EXTRAS}
     for path in CACHE.glob("root-*"):
-        if path != keep and str(path) not in in_use:
+        # The time of its renaming, which nothing changes later: when it was built.
+        if str(path) not in keep and time.time() - path.stat().st_ctime > OBSOLETE_S:
             with suppress(OSError):  # space only: the next build tries again
                 shutil.rmtree(path)
 

@@ -84,6 +84,7 @@ class Record:
     """What `up` made. Written last: a lab without it is half made."""
 
     root: str
+    packages: str
     hosts: dict[str, HostRecord]
 
     def save(self, path: Path) -> None:
@@ -94,7 +95,8 @@ class Record:
         """The record, or None where there is none that can be read."""
         try:
             raw = json.loads(path.read_text())
-            return cls(raw["root"], {name: HostRecord(**host) for name, host in raw["hosts"].items()})
+            hosts = {name: HostRecord(**host) for name, host in raw["hosts"].items()}
+            return cls(raw["root"], raw["packages"], hosts)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,39 @@ def lab_name(role: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab() -> Iterator[Lab]:
-    """A running lab. Of two test runs in one checkout, the second waits here for the first to end."""
+def checkout() -> Iterator[None]:
+    """Of two test runs in one checkout, the second waits here for the first to end."""
     lock = os.open(TESTS, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        down(Paths(lab_name("tests")))  # what a run that was killed has left, with its unfinished migrations
-        running = Lab.up(lab_name("tests"))
-        try:
-            yield running
-        finally:
-            running.down()
+        yield
     finally:
         os.close(lock)
+
+
+@contextmanager
+def running_lab(role: str, packages: str) -> Iterator[Lab]:
+    """A lab for many tests, up for the length of a `with` block."""
+    down(Paths(lab_name(role)))  # what a run that was killed has left, with its unfinished migrations
+    running = Lab.up(lab_name(role), packages=packages)
+    try:
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="session")
+def lab(checkout: None) -> Iterator[Lab]:
+    """A running lab."""
+    with running_lab("tests", "base") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def packaged_lab(checkout: None, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A running lab with the packages that the module names: PACKAGES = "runtimes"."""
+    with running_lab("extra", request.module.PACKAGES) as running:
+        yield running
 
 
 @pytest.fixture
