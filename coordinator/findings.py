@@ -70,7 +70,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "SYS_RESOURCE_MISSING",
             "warning",
-            "CAP_SYS_RESOURCE is missing: processes of another uid than root cannot be dumped or restored.",
+            "CAP_SYS_RESOURCE is missing, and the self-test could not dump a process of another uid than root.",
             "Give the host CAP_SYS_RESOURCE, or run the service as uid 0.",
         ),
         Check("CRIU_MISSING", "error", "No criu is installed.", "Install CRIU ≥ 4.2."),
@@ -321,10 +321,15 @@ CHECKS: dict[str, Check] = {
     )
 }
 
+#: The obstacle that a self-test with another uid disproves.
+NEEDS_CAP_SYS_RESOURCE = "UID_NEEDS_CAP_SYS_RESOURCE"
+
 #: What the agent may find in a workload (``agent/obstacles.py``, which says what to do about each): code → meaning.
 OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
-    "UID_NEEDS_CAP_SYS_RESOURCE": "A process runs as another uid than root, and root lacks CAP_SYS_RESOURCE.",
+    NEEDS_CAP_SYS_RESOURCE: (
+        "A process runs as another uid than root, which CRIU cannot dump here: root lacks CAP_SYS_RESOURCE."
+    ),
     "IO_URING": "A process uses io_uring.",
     "TERMINAL": "A plain process has a terminal of its host as standard stream.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
