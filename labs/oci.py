@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
+CAPABILITY_SETS = ("bounding", "effective", "permitted")
 
 DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
@@ -44,7 +45,7 @@ def config(
             "args": command,
             "env": [f"{key}={value}" for key, value in variables.items()],
             "cwd": "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), list(capabilities)),
+            "capabilities": {kind: list(capabilities) for kind in CAPABILITY_SETS},
             "noNewPrivileges": True,
         },
         "root": {"path": "rootfs", "readonly": True},
