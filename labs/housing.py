@@ -14,10 +14,9 @@ from labs.clients.control import ClientProcess
 from labs.commands import LabError
 from labs.lab import Lab
 from labs.machines import Host
-from labs.topology import HOSTS
+from labs.topology import HOSTS, PREFIX
 from labs.workloads import Workload
 
-ADDRESS = "192.0.2.210"
 SERVICES = f"/{boot.SHARED}"
 ANSWER_TIMEOUT_S = 120.0
 
@@ -30,7 +29,7 @@ def house(lab: Lab, service: Service) -> Workload:
     workload = Workload(
         name=service.name,
         runtime="runc",
-        addresses=(f"{ADDRESS}/24",),
+        addresses=(f"{service.address}/{PREFIX}",),
         container=service.name,
         bundle=f"/srv/{service.name}",
         port=service.port,
@@ -85,7 +84,7 @@ class ServiceClients(ClientProcess):
 
     def __init__(self, lab: Lab, service: Service) -> None:
         folder = lab.paths.shared / service.name
-        where = ["--address", ADDRESS, "--port", str(service.port), "--folder", str(folder)]
+        where = ["--address", service.address, "--port", str(service.port), "--folder", str(folder)]
         super().__init__(lab, f"labs.clients.{service.name}", where, answer_timeout_s=ANSWER_TIMEOUT_S)
 
     def begin_hop(self) -> None:
@@ -116,5 +115,5 @@ def _as_user(host: Host, uid: int, gid: int, argv: Sequence[str]) -> None:
 
 
 def _filled(text: str, service: Service) -> str:
-    values = {"@ADDRESS@": ADDRESS, "@PORT@": str(service.port), "@DATA@": directory(service)}
+    values = {"@ADDRESS@": service.address, "@PORT@": str(service.port), "@DATA@": directory(service)}
     return re.sub("|".join(values), lambda found: values[found[0]], text)

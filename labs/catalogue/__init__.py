@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from labs.catalogue import redis
+from labs.catalogue import memcached, mosquitto, nginx, postgresql, redis
 from labs.catalogue.base import Service
 
-SERVICES: dict[str, Service] = {module.SERVICE.name: module.SERVICE for module in (redis,)}
+_MODULES = (redis, memcached, nginx, postgresql, mosquitto)
+
+SERVICES: dict[str, Service] = {module.SERVICE.name: module.SERVICE for module in _MODULES}

@@ -17,6 +17,7 @@ class Service:
     """
 
     name: str
+    address: str
     port: int
     command: tuple[str, ...]
     needed: str

@@ -6,6 +6,7 @@ from labs.catalogue.base import Service
 
 SERVICE = Service(
     name="redis",
+    address="192.0.2.210",
     port=6379,
     user="redis",
     command=("redis-server", "@DATA@/redis.conf"),
