@@ -137,7 +137,9 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     inside = ["nsenter", f"--net=/run/netns/{workload.netns}"] if workload.netns else []
     # Without the namespace there is nothing that could listen in it.
     sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{workload.port}"], check=not inside).stdout.splitlines()
-    local = {f"[{a}]:{workload.port}" if ":" in a else f"{a}:{workload.port}" for a in workload.listens_on}
+    # A program may have an IPv4 address on an IPv6 socket, as the JVM does.
+    forms = {form for a in workload.listens_on for form in ((f"[{a}]",) if ":" in a else (a, f"[::ffff:{a}]"))}
+    local = {f"{form}:{workload.port}" for form in forms}
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
 
 

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 PATIENCE_S = 15.0
 """A session that waited so long for one answer is lost."""
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 30.0
 
 
 class WrongAnswer(Exception):
@@ -161,7 +162,8 @@ class _Run:
 
     async def obey(self, words: asyncio.StreamReader) -> None:
         """Have the sessions go on until `stop`, or until the input ends."""
-        await asyncio.gather(*(each.session.open() for each in self._watched))
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            await asyncio.gather(*(each.session.open() for each in self._watched))
         tasks = [asyncio.create_task(each.go_on(self._stopping)) for each in self._watched]
         _say("ready", self.whole_run())
         actions = {"begin": self.begin_hop, "end": self.end_hop, "snapshot": self.whole_run}
