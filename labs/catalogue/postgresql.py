@@ -19,7 +19,6 @@ port = @PORT@
 unix_socket_directories = ''
 shared_buffers = 32MB
 max_connections = 40
-dynamic_shared_memory_type = mmap
 """,
         # A line is a statement: postgres --single.
         "schema.sql": """\
@@ -37,5 +36,4 @@ CREATE TABLE copied (number int PRIMARY KEY, word text);
         "echo 'host all all all trust' >>base/pg_hba.conf",
         f"{PROGRAMS}/postgres --single -D base postgres <schema.sql >schema.log",
     ),
-    needed="own IPC namespace; dynamic_shared_memory_type = mmap",
 )

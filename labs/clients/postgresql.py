@@ -160,7 +160,9 @@ class CopyOut(PostgresSession):
 
     async def open(self) -> None:
         await super().open()
-        self._postgres.send("Q", b"COPY (SELECT n, md5(n::text) FROM generate_series(1, 100000000) AS n) TO STDOUT\0")
+        # A series in FROM would be made whole before its first row is sent.
+        query = "SELECT n, md5(n::text) FROM (SELECT generate_series(1, 100000000) AS n) AS series"
+        self._postgres.send("Q", f"COPY ({query}) TO STDOUT\0".encode())
         expect((await self._postgres.receive())[0], "H", "the answer to COPY TO STDOUT")
 
     async def step(self) -> None:
