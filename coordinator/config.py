@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 from coordinator.config_section import Problems, Section, address_of, cidr, did_you_mean, ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import MoverSpec, RouterSpec, WorkloadSpec
 from coordinator.protocol import Deadlines, GiveUpMode, MemoryPolicy, Mode
 from coordinator.wire import encode
 
@@ -25,7 +25,18 @@ ENVIRONMENT_VARIABLE = "LIVEMOVE_CONFIG"
 
 HOST_KEYS = ("ssh", "key", "known_hosts", "interface", "channel_address")
 RUNTIME_KEYS: dict[str, tuple[str, ...]] = {"runc": ("container", "bundle"), "process": ("pid_file", "root_pid")}
-WORKLOAD_KEYS = ("runtime", "addresses", *(key for keys in RUNTIME_KEYS.values() for key in keys))
+MOVER_KEYS: dict[str, tuple[str, ...]] = {
+    "l2": (),
+    "route": ("router", "router_key", "router_known_hosts"),
+    "hook": ("hook",),
+}
+WORKLOAD_KEYS = (
+    "runtime",
+    "addresses",
+    *(key for keys in RUNTIME_KEYS.values() for key in keys),
+    "mover",
+    *(key for keys in MOVER_KEYS.values() for key in keys),
+)
 MODES = ("auto", *get_args(Mode))
 GIVE_UPS = get_args(GiveUpMode)
 POLICY_KEYS = (*Deadlines.__dataclass_fields__, *MemoryPolicy.__dataclass_fields__)
@@ -204,6 +215,7 @@ def _file(section: Section, key: str, folder: Path, what: str) -> Path | None:
 def _workload(name: str, section: Section) -> WorkloadSpec | None:
     runtime = section.text("runtime", 'runtime = "runc"')
     addresses = _service_addresses(section)
+    mover = _mover(section)
     if runtime is None:
         return None
     if runtime not in RUNTIME_KEYS:
@@ -212,10 +224,7 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
             "runtime", f"{runtime!r} is no runtime{did_you_mean(runtime, tuple(RUNTIME_KEYS))}; write {known}"
         )
         return None
-    for other, keys in RUNTIME_KEYS.items():
-        for key in keys:
-            if other != runtime and key in section.table:
-                section.problem(key, f'not allowed with runtime = "{runtime}"; remove it, or write runtime = "{other}"')
+    _keys_of_others(section, "runtime", runtime, RUNTIME_KEYS)
     if runtime == "runc":
         return WorkloadSpec(
             name=name,
@@ -223,9 +232,38 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
             addresses=addresses,
             container=section.text("container", 'container = "counter"', pattern=_CONTAINER),
             bundle=section.absolute("bundle", 'bundle = "/srv/counter"'),
+            mover=mover,
         )
     pid_file, root_pid = _process(section)
-    return WorkloadSpec(name=name, runtime="process", addresses=addresses, pid_file=pid_file, root_pid=root_pid)
+    return WorkloadSpec(
+        name=name, runtime="process", addresses=addresses, pid_file=pid_file, root_pid=root_pid, mover=mover
+    )
+
+
+def _keys_of_others(section: Section, key: str, chosen: str, known: Mapping[str, tuple[str, ...]]) -> None:
+    """A problem for every key that belongs to another choice than the one made."""
+    for other, keys in known.items():
+        for each in keys:
+            if other != chosen and each in section.table:
+                section.problem(each, f'not allowed with {key} = "{chosen}"; remove it, or write {key} = "{other}"')
+
+
+def _mover(section: Section) -> MoverSpec:
+    kind = section.choice("mover", tuple(MOVER_KEYS), "l2")
+    _keys_of_others(section, "mover", kind, MOVER_KEYS)
+    if kind == "hook":
+        hook = section.absolute("hook", 'hook = "/usr/local/sbin/move-address"')
+        return MoverSpec(kind="hook", hook=hook or "")
+    if kind == "route":
+        target = section.parsed("router", section.text("router", 'router = "root@192.0.2.1"'), ssh_target)
+        key = section.absolute("router_key", 'router_key = "/etc/livemove/router"', required=False)
+        known = section.absolute("router_known_hosts", 'router_known_hosts = "/etc/livemove/known"', required=False)
+        if target is not None:
+            router = RouterSpec(
+                address=target.address, user=target.user, port=target.port, key=key or "", known_hosts=known or ""
+            )
+            return MoverSpec(kind="route", router=router)
+    return MoverSpec()
 
 
 def _process(section: Section) -> tuple[str | None, int | None]:

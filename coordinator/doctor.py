@@ -15,11 +15,22 @@ from typing import TypeVar
 from coordinator.config import Configuration, Host
 from coordinator.errors import LivemoveError
 from coordinator.events import EventSink
-from coordinator.facts import HostFacts, WorkloadSpec
-from coordinator.findings import Finding, errors_of, from_error
+from coordinator.facts import FirewallDrop, HostFacts, MoverFacts, MoverSpec, WorkloadSpec
+from coordinator.findings import Finding, errors_of, from_error, in_order
+from coordinator.move_facts import MoveFacts, running_on, service_ports
 from coordinator.plan import FrameBuilder
-from coordinator.preflight import MoveFacts, host_findings, is_unicast_mac, move_findings, running_on
-from coordinator.protocol import DescribeHost, DescribeWorkload, Request, RunSelfTest, SelfTestResult, WhoAnswers
+from coordinator.preflight import host_findings, is_unicast_mac, move_findings
+from coordinator.preflight_addresses import mover_problem
+from coordinator.protocol import (
+    AskFirewall,
+    DescribeHost,
+    DescribeMover,
+    DescribeWorkload,
+    Request,
+    RunSelfTest,
+    SelfTestResult,
+    WhoAnswers,
+)
 from coordinator.report.checks import CheckReport, DoctorReport, HostReport
 from coordinator.sessions import Session, SessionFactory, Sessions, open_sessions
 
@@ -57,20 +68,42 @@ async def doctor(
     Raises ``UnknownHost`` before anything is contacted.
     """
     hosts = [config.host(name) for name in dict.fromkeys(names)] or list(config.hosts.values())
-    runtimes = {workload.runtime for workload in config.workloads.values()}
+    workloads = tuple(config.workloads.values())
     async with open_sessions(hosts, connect, sink) as sessions:
-        return DoctorReport(hosts=tuple(await asyncio.gather(*(_examine(host, sessions, runtimes) for host in hosts))))
+        return DoctorReport(hosts=tuple(await asyncio.gather(*(_examine(host, sessions, workloads) for host in hosts))))
 
 
-async def _examine(host: Host, sessions: Sessions, runtimes: Iterable[str]) -> HostReport:
+async def _examine(host: Host, sessions: Sessions, workloads: Sequence[WorkloadSpec]) -> HostReport:
     if host.name in sessions.failed:
         return HostReport(name=host.name, findings=(from_error(host.name, sessions.failed[host.name]),))
     session = sessions.open[host.name]
     facts, self_test = await asyncio.gather(_describe_host(session), _self_test(session))
     if isinstance(facts, LivemoveError):
         return HostReport(name=host.name, findings=(from_error(host.name, facts),), self_test=self_test)
-    findings = host_findings(host.name, host.interface, facts, self_test, runtimes)
-    return HostReport(name=host.name, findings=findings, facts=facts, self_test=self_test)
+    findings = list(host_findings(host.name, host.interface, facts, self_test, {each.runtime for each in workloads}))
+    for mover, addresses in _movers(workloads).items():
+        described, lost = await _ask({host.name: session}, _describe_mover(mover, addresses), DESCRIBE_S)
+        findings += [each for found in described.values() for each in mover_problem(host.name, mover, found)]
+        findings += [from_error(host.name, error) for error in lost.values()]
+    return HostReport(name=host.name, findings=in_order(findings), facts=facts, self_test=self_test)
+
+
+def _movers(workloads: Iterable[WorkloadSpec]) -> dict[MoverSpec, tuple[str, ...]]:
+    """The movers that can be missing on a host, each with the addresses it moves."""
+    found: dict[MoverSpec, tuple[str, ...]] = {}
+    for workload in workloads:
+        if workload.mover.kind != "l2":
+            found[workload.mover] = found.get(workload.mover, ()) + _bare(workload)
+    return found
+
+
+def _bare(workload: WorkloadSpec) -> tuple[str, ...]:
+    """The service addresses without prefix lengths."""
+    return tuple(str(ip_interface(text).ip) for text in workload.addresses)
+
+
+def _describe_mover(mover: MoverSpec, addresses: tuple[str, ...]) -> Callable[[Host], DescribeMover]:
+    return lambda _: DescribeMover(mover=mover, addresses=addresses)
 
 
 async def check(
@@ -106,13 +139,23 @@ async def survey(
     (hosts, lost), self_tests = await asyncio.gather(
         _ask(ends, lambda host: DescribeHost(interface=host.interface), DESCRIBE_S), _self_tests(ends)
     )
+    movers: dict[str, MoverFacts] = {}
+    for mover, addresses in _movers([workload]).items():
+        taking_part = running[:1] if mover.kind == "route" else tuple(ends)  # a route is changed by the source alone
+        asked_for = {name: session for name, session in ends.items() if name in taking_part}
+        movers, unknown = await _ask(asked_for, _describe_mover(mover, addresses), DESCRIBE_S)
+        lost |= unknown
     answers: dict[str, tuple[str, ...]] = {}
+    firewall: tuple[FirewallDrop, ...] = ()
     if destination.name in hosts and running and running[0] != destination.name:
         try:
             session = sessions.open[destination.name]
             answers = await _who_answers(session, workload, hosts[destination.name], probe_frames)
+            services = service_ports(workload, workloads[running[0]])
+            asked = AskFirewall(interface=destination.interface, services=services)
+            firewall = (await session.call(asked, DESCRIBE_S)).drops
         except LivemoveError as error:
-            lost[destination.name] = error  # not knowing who has the address forbids the move
+            lost[destination.name] = error  # not knowing who has the address, or what is dropped, forbids the move
     facts = MoveFacts(
         workload=workload,
         destination=destination.name,
@@ -122,6 +165,8 @@ async def survey(
         unreachable={**sessions.failed, **failed, **lost},
         self_tests=self_tests,
         answers=answers,
+        movers=movers,
+        firewall=firewall,
     )
     return Survey(facts, move_findings(facts))
 
@@ -178,5 +223,5 @@ async def _who_answers(
         request = WhoAnswers(interface=interface.name, address=address, frames=frames, wait_s=ANSWER_WAIT_S)
         found[address] = (await session.call(request, ANSWER_WAIT_S + DESCRIBE_S)).macs
 
-    await asyncio.gather(*(one(str(ip_interface(text).ip)) for text in workload.addresses))
+    await asyncio.gather(*(one(address) for address in _bare(workload)))
     return found

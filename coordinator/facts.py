@@ -7,6 +7,26 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """A router, and how a host logs in there. ``key`` and ``known_hosts`` are files on the hosts; empty: ssh's own."""
+
+    address: str
+    user: str = "root"
+    port: int = 22
+    key: str = ""
+    known_hosts: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoverSpec:
+    """The way the addresses get to another host (``netfix.movers``). ``hook`` is a path on the hosts."""
+
+    kind: Literal["l2", "route", "hook"] = "l2"
+    router: RouterSpec | None = None
+    hook: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSpec:
     """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form."""
 
@@ -17,6 +37,7 @@ class WorkloadSpec:
     bundle: str | None = None
     pid_file: str | None = None
     root_pid: int | None = None
+    mover: MoverSpec = field(default_factory=MoverSpec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +144,33 @@ class NamespaceFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoverFacts:
+    """A host's end of a mover: ``problem`` says why it cannot work there, if so. ``routes``: the next hop that a router
+    has for each address (without prefix length), empty for none, in its own words for one that is no plain host route.
+    """
+
+    problem: str = ""
+    routes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServicePort:
+    """Where clients reach a workload: ``protocol`` is tcp or udp, ``address`` has no prefix length."""
+
+    protocol: Literal["tcp", "udp"]
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirewallDrop:
+    """A service port that a host's firewall drops for every client, and the chain that does, as nft names it."""
+
+    service: ServicePort
+    chain: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
     """Something of a workload that CRIU would refuse or lose; ``code`` is the stable code of the finding."""
 
@@ -138,16 +186,17 @@ class WorkloadFacts:
 
     ``state`` is the runtime's word. ``memory_bytes`` counts resident memory, shared pages once. ``pids`` includes the
     thread ids of a plain process tree, because a restore needs them free. ``bundle_digest`` is the SHA-256 of a
-    container's config.json. ``addresses`` maps each service address that this host has to its interface. ``moving`` is
-    the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where it has one;
-    ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run it."""
+    container's config.json. ``addresses`` maps each service address that this host has to the interfaces it is on.
+    ``moving`` is the id of a migration of it that is unfinished here. ``namespace``: its own network namespace, where
+    it has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
+    it."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0
     pids: tuple[int, ...] = ()
     memory_bytes: int = 0
     sockets: tuple[SocketFacts, ...] = ()
-    addresses: dict[str, str] = field(default_factory=dict)
+    addresses: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bundle_present: bool = True
     bundle_problem: str = ""
     bundle_digest: str = ""

@@ -10,11 +10,14 @@ from typing import Any, TypeVar, cast
 from coordinator.config import Host
 from coordinator.errors import HostUnreachable, LivemoveError, ProtocolError
 from coordinator.events import EventSink
-from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, WorkloadFacts
+from coordinator.facts import CriuFacts, FirewallDrop, HostFacts, InterfaceFacts, MoverFacts, WorkloadFacts
 from coordinator.protocol import (
     Answers,
+    AskFirewall,
     DescribeHost,
+    DescribeMover,
     DescribeWorkload,
+    FirewallDrops,
     ListMigrations,
     MigrationRecords,
     Request,
@@ -62,6 +65,8 @@ class FakeHost:
     workloads: dict[str, WorkloadFacts] = field(default_factory=dict)
     self_test: SelfTestResult = field(default_factory=lambda: SelfTestResult(ok=True, dump_ms=20.0, restore_ms=30.0))
     answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    mover: MoverFacts = field(default_factory=MoverFacts)
+    firewall: tuple[FirewallDrop, ...] = ()
     unreachable: LivemoveError | None = None
     failing: dict[type[Request[Any]], LivemoveError] = field(default_factory=dict)
     replies: dict[type[Request[Any]], object] = field(default_factory=dict)
@@ -70,19 +75,22 @@ class FakeHost:
         """What the host's agent answers."""
         if type(request) in self.failing:
             raise self.failing[type(request)]
-        if type(request) in self.replies:
-            return self.replies[type(request)]
+        answers: dict[type[Request[Any]], object] = {
+            DescribeHost: self.facts,
+            RunSelfTest: self.self_test,
+            DescribeMover: self.mover,
+            ListMigrations: MigrationRecords(records=()),
+            **self.replies,
+        }
         match request:
-            case DescribeHost():
-                return self.facts
+            case _ if type(request) in answers:
+                return answers[type(request)]
             case DescribeWorkload(workload=workload):
                 return self.workloads.get(workload.name, WorkloadFacts(state="absent"))
-            case RunSelfTest():
-                return self.self_test
             case WhoAnswers(address=address):
                 return Answers(macs=self.answers.get(address, ()))
-            case ListMigrations():
-                return MigrationRecords(records=())
+            case AskFirewall(services=services):
+                return FirewallDrops(drops=tuple(each for each in self.firewall if each.service in services))
         raise ProtocolError(f"the fake host {self.facts.hostname} has no reply to {type(request).__name__}")
 
 

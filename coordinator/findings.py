@@ -8,7 +8,7 @@ the workload (``from_obstacle``).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from coordinator.errors import LivemoveError
@@ -36,13 +36,7 @@ class Finding:
 
     def to_json(self) -> dict[str, str]:
         """Plain data for ``--json``."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "where": self.where,
-            "message": self.message,
-            "hint": self.hint,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +283,12 @@ CHECKS: dict[str, Check] = {
             "Move it to the configured interface, or correct `interface`.",
         ),
         Check(
+            "ADDRESS_ON_SEVERAL",
+            "error",
+            "The source has the service address on several interfaces, so that it would not be gone when it has moved.",
+            "Remove it from all interfaces but the configured one: ip address del ADDRESS dev INTERFACE.",
+        ),
+        Check(
             "ADDRESS_ON_DESTINATION",
             "error",
             "The destination has the service address already.",
@@ -311,6 +311,36 @@ CHECKS: dict[str, Check] = {
             "warning",
             "The service address is in no subnet of the destination's interface.",
             "Check that clients and routers reach this address at the destination's interface.",
+        ),
+        Check(
+            "HOOK_UNUSABLE",
+            "error",
+            "The workload's hook is missing on a host, or cannot be executed.",
+            "Put it there, to the same path as on the other hosts, and make it executable: chmod 755.",
+        ),
+        Check(
+            "ROUTER_UNREACHABLE",
+            "error",
+            "A host cannot ask the workload's router for its routes.",
+            "Let root of that host log in to the router with its key, and know the router's host key.",
+        ),
+        Check(
+            "ROUTE_NOT_TO_SOURCE",
+            "error",
+            "The router does not have a plain host route for the service address by way of the source.",
+            "On the router: ip route replace ADDRESS/32 via SOURCE (ip -6 and /128 for IPv6); or correct `router`.",
+        ),
+        Check(
+            "NEXT_HOP_MISSING",
+            "error",
+            "A host has no address of its own, of the service address's family, by which a router could reach it.",
+            "Give its interface an address of that family.",
+        ),
+        Check(
+            "FIREWALL_DROPS",
+            "error",
+            "A firewall on the destination drops what clients send to a port of the service.",
+            "Add a rule there that accepts the port, before the one that drops it.",
         ),
         Check(
             "LEFTOVER_CUTS_SERVICE",

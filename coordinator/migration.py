@@ -104,6 +104,7 @@ def _plan(config: Configuration, found: Survey, migration: str) -> MigrationPlan
         destination_facts=facts.hosts[facts.destination],
         workload_facts=facts.workloads[facts.source],
         frames=announcement_frames,
+        probes=probe_frames,
     )
 
 

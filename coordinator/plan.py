@@ -6,16 +6,17 @@ The frames that announce an address are built here, where the plan is made, so t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
-from ipaddress import ip_interface
+from ipaddress import IPv6Address, ip_interface
 
 from coordinator.config import Host, Policy
 from coordinator.facts import HostFacts, NamespaceFacts, WorkloadFacts, WorkloadSpec
 from coordinator.protocol import AddressMove, Endpoint, MigrationPlan, Mode
 
-#: ``netfix.announce.announcement_frames``: (address, mac) → the frames that say "this MAC has this address".
+#: ``netfix.announce.announcement_frames`` and ``probe_frames``: (address, mac) → the frames that say "this MAC has this
+#: address", or that ask who has it.
 FrameBuilder = Callable[[str, str], tuple[bytes, ...]]
 
 ID_LIMIT = 48
@@ -56,6 +57,7 @@ def make_plan(
     destination_facts: HostFacts,
     workload_facts: WorkloadFacts,
     frames: FrameBuilder,
+    probes: FrameBuilder,
 ) -> MigrationPlan:
     """The plan of a move whose checks have passed. ``workload_facts`` are the source's.
 
@@ -65,12 +67,27 @@ def make_plan(
     source_mac, destination_mac = _mac(source_facts), _mac(destination_facts)
     if namespace is not None:  # its MAC moves with it
         source_mac = destination_mac = namespace.mac
+    services = frozenset(workload.addresses)
+
+    def move(text: str) -> AddressMove:
+        service = ip_interface(text)
+        address = str(service.ip)
+        return AddressMove(
+            address=address,
+            prefixlen=service.network.prefixlen,
+            announce_at_destination=frames(address, destination_mac),
+            announce_at_source=frames(address, source_mac),
+            probe_at_destination=probes(address, destination_mac),
+            source_next_hop=next_hop(source_facts, text, services),
+            destination_next_hop=next_hop(destination_facts, text, services),
+        )
+
     return MigrationPlan(
         id=migration,
         workload=workload,
-        source=_endpoint(source),
-        destination=_endpoint(destination),
-        addresses=tuple(_address_move(text, source_mac, destination_mac, frames) for text in workload.addresses),
+        source=_endpoint(source, source_mac),
+        destination=_endpoint(destination, destination_mac),
+        addresses=tuple(move(text) for text in workload.addresses),
         image_space_bytes=image_space_bytes(workload_facts.memory_bytes),
         expected_pids=workload_facts.pids,
         deadlines=policy.deadlines,
@@ -95,22 +112,23 @@ def namespace_parent(namespace: NamespaceFacts, source_interface: str, destinati
     return destination_interface if namespace.parent == source_interface else namespace.parent
 
 
-def _endpoint(host: Host) -> Endpoint:
-    return Endpoint(name=host.name, interface=host.interface, channel_address=host.channel_address)
+def next_hop(facts: HostFacts, service: str, services: Collection[str]) -> str:
+    """The address by which a router reaches a host, for a service address in CIDR form: the first of its family on the
+    host's interface that stays there. Empty if there is none; a link-local one is no use without an interface."""
+    staying = {ip_interface(text).ip for text in services}
+    for text in facts.interface.addresses if facts.interface else ():
+        own = ip_interface(text).ip
+        unusable = own in staying or (isinstance(own, IPv6Address) and own.is_link_local)
+        if own.version == ip_interface(service).version and not unusable:
+            return str(own)
+    return ""
+
+
+def _endpoint(host: Host, mac: str) -> Endpoint:
+    return Endpoint(name=host.name, interface=host.interface, channel_address=host.channel_address, mac=mac)
 
 
 def _mac(facts: HostFacts) -> str:
     if facts.interface is None:
         raise ValueError(f"{facts.hostname} lacks its interface: a plan was made of facts that no check has passed")
     return facts.interface.mac
-
-
-def _address_move(text: str, source_mac: str, destination_mac: str, frames: FrameBuilder) -> AddressMove:
-    interface = ip_interface(text)
-    address = str(interface.ip)
-    return AddressMove(
-        address=address,
-        prefixlen=interface.network.prefixlen,
-        announce_at_destination=frames(address, destination_mac),
-        announce_at_source=frames(address, source_mac),
-    )

@@ -7,22 +7,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_interface
 
-from coordinator.errors import LivemoveError
-from coordinator.facts import (
-    CriuFacts,
-    HostFacts,
-    LeftoverFacts,
-    SocketFacts,
-    WorkloadFacts,
-    WorkloadSpec,
-)
+from coordinator.facts import CriuFacts, HostFacts, LeftoverFacts, SocketFacts, WorkloadFacts
 from coordinator.findings import NEEDS_CAP_SYS_RESOURCE, Finding, finding, from_error, from_obstacle, in_order
+from coordinator.move_facts import MoveFacts, running_on
 from coordinator.plan import id_part, image_space_bytes, namespace_parent
+from coordinator.preflight_addresses import address_findings
 from coordinator.preflight_namespace import namespace_findings
 from coordinator.protocol import SelfTestResult
 
@@ -35,36 +28,6 @@ _RELEASES_PER_MAJOR = 20
 _MUCH_OLDER_RELEASES = 10
 #: Runtimes that must be installed; a plain process needs none.
 _INSTALLED_RUNTIMES = frozenset({"runc"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoveFacts:
-    """All that is known before a move. Hosts are named as in the configuration.
-
-    ``interfaces``: the configured interface of each host. ``hosts`` and ``self_tests``: of source and destination.
-    ``workloads``: of each host that answered; ``unreachable``: why the others did not. ``answers``: for each service
-    address (without prefix length) the MACs that answered the destination; an absent address was not asked for.
-    """
-
-    workload: WorkloadSpec
-    destination: str
-    interfaces: Mapping[str, str]
-    hosts: Mapping[str, HostFacts]
-    workloads: Mapping[str, WorkloadFacts]
-    unreachable: Mapping[str, LivemoveError] = field(default_factory=dict)
-    self_tests: Mapping[str, SelfTestResult] = field(default_factory=dict)
-    answers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @cached_property
-    def source(self) -> str | None:
-        """The one host that runs the workload; ``None`` if there is none, or more than one."""
-        running = running_on(self.workloads)
-        return running[0] if len(running) == 1 else None
-
-
-def running_on(facts: Mapping[str, WorkloadFacts]) -> tuple[str, ...]:
-    """The hosts that run the workload."""
-    return tuple(host for host, each in facts.items() if each.state == "running")
 
 
 def host_findings(
@@ -177,7 +140,7 @@ def move_findings(facts: MoveFacts) -> tuple[Finding, ...]:
         found += _pair(facts, source, facts.hosts[source], facts.hosts[destination])
     if destination in facts.workloads:
         found += _destination(facts, facts.workloads[source], facts.workloads[destination])
-    found += _addresses(facts, source)
+    found += address_findings(facts, source)
     return in_order(found)
 
 
@@ -320,49 +283,6 @@ def _remote_ends(socket: SocketFacts) -> set[tuple[str, str | None, int]]:
 def _socket(socket: SocketFacts) -> str:
     remote = f" → {socket.remote}:{socket.remote_port}" if socket.remote_port else ""
     return f"{socket.protocol} {socket.local}:{socket.local_port}{remote}"
-
-
-def _addresses(facts: MoveFacts, source: str) -> Iterator[Finding]:
-    here = facts.workloads[source]
-    there = facts.workloads.get(facts.destination)
-    source_host, destination_host = facts.hosts.get(source), facts.hosts.get(facts.destination)
-    for text in facts.workload.addresses:
-        address = str(ip_interface(text).ip)
-        interface = _on_interface(here, text)
-        if interface is None:
-            yield finding("ADDRESS_NOT_ON_SOURCE", source, f"{source} does not have {address}")
-        elif here.namespace is None and interface != facts.interfaces[source]:
-            message = f"{address} is on {interface}, not on {facts.interfaces[source]}"
-            yield finding("ADDRESS_ON_OTHER_INTERFACE", source, message)
-        taken = _on_interface(there, text) if there else None
-        if taken is not None:
-            hint = f"Remove it there: ip address del {text} dev {taken}."
-            yield finding(
-                "ADDRESS_ON_DESTINATION", facts.destination, f"{facts.destination} has {address} already", hint
-            )
-        if source_host and source_host.interface and address in facts.answers:
-            yield from _answered(facts, address, source, (here.namespace or source_host.interface).mac)
-        if destination_host and destination_host.interface and destination_host.interface.addresses:
-            subnets = [ip_interface(each).network for each in destination_host.interface.addresses]
-            if not any(ip_address(address) in subnet for subnet in subnets):
-                message = f"{address} is in no subnet of {destination_host.interface.name}"
-                yield finding("ADDRESS_OUTSIDE_SUBNET", facts.destination, message)
-
-
-def _answered(facts: MoveFacts, address: str, source: str, source_mac: str) -> Iterator[Finding]:
-    macs = facts.answers[address]
-    for mac in macs:
-        if mac.lower() != source_mac.lower():
-            message = f"{mac} answers for {address}, and {source}'s interface is {source_mac}"
-            yield finding("ADDRESS_ANSWERED_BY_OTHER", facts.destination, message)
-    if not macs:
-        yield finding("ADDRESS_NOT_ANSWERED", facts.destination, f"nobody answers {facts.destination} for {address}")
-
-
-def _on_interface(facts: WorkloadFacts, service: str) -> str | None:
-    """The interface that has a service address; the facts may name it with or without its prefix length."""
-    wanted = ip_interface(service).ip
-    return next((name for text, name in facts.addresses.items() if ip_interface(text).ip == wanted), None)
 
 
 def _address(text: str) -> str | None:

@@ -12,7 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Literal, TypeVar
 
-from coordinator.facts import HostFacts, NamespaceFacts, SocketFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    FirewallDrop,
+    HostFacts,
+    MoverFacts,
+    MoverSpec,
+    NamespaceFacts,
+    ServicePort,
+    SocketFacts,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from coordinator.journal import Phase
 
 VERSION = 1
@@ -32,28 +42,34 @@ GiveUpMode = Literal["freeze", "abort", "post-copy"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddressMove:
-    """One service address with the frames that announce it, built by the coordinator (``netfix.announce``)."""
+    """One service address with the frames that announce it and the destination's that ask who has it, built by the
+    coordinator (``netfix.announce``), and the addresses of its family by which a router reaches the hosts, if any."""
 
     address: str
     prefixlen: int
     announce_at_destination: tuple[bytes, ...]
     announce_at_source: tuple[bytes, ...]
+    probe_at_destination: tuple[bytes, ...] = ()
+    source_next_hop: str = ""
+    destination_next_hop: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """A host as the plan names it."""
+    """A host as the plan names it; ``mac`` is that of its interface."""
 
     name: str
     interface: str
     channel_address: str
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
     """Bounds in seconds. ``copy_s``: all rounds of copying while the service runs. ``close_s``: how long a handshake or
     the last words of a closed connection are waited for. ``accept_s``: how long the service may take to accept the
-    connections that wait for it. ``settle_s``: how long the diverted source may work off what else it had received.
+    connections that wait for it. ``divert_s``: each call of a hook, each change on a router. ``settle_s``: how long the
+    diverted source may work off what else it had received.
     ``freeze_s``: from the closed gate to STAGED, then the move is given up. ``resume_s``: from GO to RESUMED.
     ``fill_s``: until all memory is in the restored tasks."""
 
@@ -62,6 +78,7 @@ class Deadlines:
     copy_s: float = 3600.0
     close_s: float = 2.0
     accept_s: float = 1.0
+    divert_s: float = 5.0
     settle_s: float = 0.005
     freeze_s: float = 60.0
     abort_s: float = 2.0
@@ -102,6 +119,11 @@ class MigrationPlan:
     track_connections: bool = False
     namespace: NamespaceFacts | None = None
     namespace_parent: str = ""
+
+    @property
+    def mover_s(self) -> float:
+        """How long one host's part of a mover may take, in seconds: none where it is only to send frames."""
+        return 0.0 if self.workload.mover.kind == "l2" else self.deadlines.divert_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +196,31 @@ class WhoAnswers(Request[Answers]):
     frames: tuple[bytes, ...]
     wait_s: float
     reply: ClassVar[type] = Answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribeMover(Request[MoverFacts]):
+    """Say whether this host's end of a mover could work, for addresses without prefix length. Read-only."""
+
+    mover: MoverSpec
+    addresses: tuple[str, ...]
+    reply: ClassVar[type] = MoverFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirewallDrops:
+    """Those of the ports asked for that no client would get through to."""
+
+    drops: tuple[FirewallDrop, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskFirewall(Request[FirewallDrops]):
+    """Say which of these ports this host's firewall drops on an interface, as far as nftables tells. Read-only."""
+
+    interface: str
+    services: tuple[ServicePort, ...]
+    reply: ClassVar[type] = FirewallDrops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +355,8 @@ REQUESTS: dict[str, type[Request[object]]] = {
         DescribeWorkload,
         RunSelfTest,
         WhoAnswers,
+        DescribeMover,
+        AskFirewall,
         PrepareDestination,
         PrepareSource,
         RunHalf,

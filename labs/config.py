@@ -25,6 +25,11 @@ class Workload:
     container: str | None = None  # runc
     bundle: str | None = None  # runc
     pid_file: str | None = None  # process
+    mover: str | None = None  # None: l2
+    router: str | None = None
+    router_key: str | None = None
+    router_known_hosts: str | None = None
+    hook: str | None = None
     network: Literal["host", "veth", "macvlan"] = "host"  # runc: a network namespace of its own, attached so
 
     @property
@@ -39,6 +44,11 @@ class Workload:
             "bundle": self.bundle,
             "pid_file": self.pid_file,
             "addresses": list(self.addresses),
+            "mover": self.mover,
+            "router": self.router,
+            "router_key": self.router_key,
+            "router_known_hosts": self.router_known_hosts,
+            "hook": self.hook,
         }
         return _section(f"workloads.{self.name}", fields)
 

@@ -24,6 +24,7 @@ PACKAGES = (
     "iproute2",
     "iputils-ping",
     "nftables",
+    "openssh-client",
     "openssh-server",
     "procps",
     "python3",

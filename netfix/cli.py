@@ -18,6 +18,7 @@ from .announce import announcement_frames, probe_frames
 from .cli_common import Result, Runner, answer, as_json_option, table
 from .cli_conntrack import conntrack_command
 from .cli_hold import hold_command
+from .cli_move import move_command
 from .cli_sweep import sweep_command
 from .errors import AddressConflictError
 from .frames import PacketFramePort
@@ -297,6 +298,7 @@ def leftovers_command(run: Runner, *, except_for: str | None, as_json: bool) -> 
 
 cli.add_command(conntrack_command)
 cli.add_command(hold_command)
+cli.add_command(move_command)
 cli.add_command(sweep_command)
 
 

@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .address import parse_address
 from .errors import UsageError, from_errno
+from .namespace import Home
+from .questions import acknowledger
 
 _ETH_P_ARP = 0x0806
 _ETH_P_IPV6 = 0x86DD
@@ -25,6 +27,7 @@ _MAX_BURST = 16
 _MAX_REPEATS = 60
 PROBES = 3
 """How often `who` asks, evenly over the first half of its time (RFC 5227 section 2.1.1: PROBE_NUM is 3)."""
+_ASKINGS = 4
 
 
 class FramePort(Protocol):
@@ -38,6 +41,13 @@ class FramePort(Protocol):
         """Send the probes, listen for `timeout_s` seconds: the MACs (aa:bb:cc:dd:ee:ff) that claimed `address`.
 
         It always listens to the end: a second answer is what one wants to know of. This host does not hear itself.
+        """
+
+    async def ask(self, questions: Mapping[str, bytes], address: str, timeout_s: float) -> set[str]:
+        """Ask neighbours in the name of `address` (`questions.question`): those that have answered within `timeout_s`
+        seconds.
+
+        Who has not answered is asked again, four times in all; it ends when everybody has. Raises NetfixError.
         """
 
     def close(self) -> None:
@@ -121,7 +131,12 @@ class PacketFramePort:
         Raises NotPermittedError, NoSuchInterfaceError, KernelLacksError.
         """
         self._interface = interface
-        self._sender = self._open(0)
+        self._home = Home()
+        try:
+            self._sender = self._open(0)
+        except BaseException:
+            self._home.close()
+            raise
 
     async def send(self, frames: Sequence[bytes]) -> None:
         try:
@@ -131,39 +146,64 @@ class PacketFramePort:
             raise from_errno(error.errno or 0, f"sending on {self._interface}") from error
 
     async def who(self, probe_frames: Sequence[bytes], address: str, timeout_s: float) -> set[str]:
-        ethertype = _ETH_P_ARP if parse_address(address).version == 4 else _ETH_P_IPV6
-        listener = self._open(ethertype)
-        loop = asyncio.get_running_loop()
         found: set[str] = set()
+        with self._listening(address, lambda frame: found.update(filter(None, [claimant(frame, address)]))) as heard:
+            for _ in range(PROBES):
+                await self.send(probe_frames)
+                await asyncio.sleep(timeout_s / (2 * PROBES))
+            await asyncio.sleep(timeout_s / 2)
+            heard()
+        return found
+
+    async def ask(self, questions: Mapping[str, bytes], address: str, timeout_s: float) -> set[str]:
+        missing = set(questions)
+        everybody = asyncio.Event()
+
+        def take(frame: bytes) -> None:
+            missing.discard(acknowledger(frame, address) or "")
+            if not missing:
+                everybody.set()
+
+        with self._listening(address, take):
+            for _ in range(_ASKINGS):
+                if not missing:
+                    break
+                await self.send([questions[neighbour] for neighbour in sorted(missing)])
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(everybody.wait(), timeout_s / _ASKINGS)
+        return set(questions) - missing
+
+    @contextlib.contextmanager
+    def _listening(self, address: str, take: Callable[[bytes], None]) -> Iterator[Callable[[], None]]:
+        """Give every frame of the address's resolution protocol that comes in to `take`; what is given reads now."""
+        listener = self._open(_ETH_P_ARP if parse_address(address).version == 4 else _ETH_P_IPV6)
+        loop = asyncio.get_running_loop()
 
         def heard() -> None:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     frame, sender = listener.recvfrom(_MAX_FRAMES_BYTES)
                     if sender[2] != socket.PACKET_OUTGOING:
-                        found.update({mac for mac in [claimant(frame, address)] if mac})
+                        take(frame)
 
         try:
             loop.add_reader(listener.fileno(), heard)
-            for _ in range(PROBES):
-                await self.send(probe_frames)
-                await asyncio.sleep(timeout_s / (2 * PROBES))
-            await asyncio.sleep(timeout_s / 2)
-            heard()
+            yield heard
         except OSError as error:
             raise from_errno(error.errno or 0, f"listening on {self._interface}") from error
         finally:
             loop.remove_reader(listener.fileno())
             listener.close()
-        return found
 
     def close(self) -> None:
         self._sender.close()
+        self._home.close()
 
     def _open(self, ethertype: int) -> socket.socket:
         try:
             # Protocol 0 until bound: an unbound packet socket would hear every interface.
-            packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            with self._home.entered():
+                packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except OSError as error:
             raise from_errno(error.errno or 0, "opening a packet socket") from error
         try:
@@ -175,12 +215,14 @@ class PacketFramePort:
 
 
 class FakeFramePort:
-    """A port in memory, for tests: `sent` is what was sent, `answers` who claims which address.
+    """A port in memory, for tests: `sent` is what was sent, `answers` who claims which address, `deaf` the neighbours
+    that do not answer when they are asked.
 
     `fail_next` is raised by the next sending, which then does not happen.
     """
 
-    def __init__(self, answers: Mapping[str, set[str]] | None = None) -> None:
+    def __init__(self, answers: Mapping[str, set[str]] | None = None, deaf: Collection[str] = ()) -> None:
+        self.deaf = set(deaf)
         self.answers: dict[str, set[str]] = {
             str(parse_address(address)): set(macs) for address, macs in (answers or {}).items()
         }
@@ -197,6 +239,12 @@ class FakeFramePort:
     async def who(self, probe_frames: Sequence[bytes], address: str, timeout_s: float) -> set[str]:
         await self.send(probe_frames)
         return set(self.answers.get(str(parse_address(address)), set()))
+
+    async def ask(self, questions: Mapping[str, bytes], address: str, timeout_s: float) -> set[str]:
+        parse_address(address)
+        if questions:
+            await self.send(list(questions.values()))
+        return set(questions) - self.deaf
 
     def close(self) -> None:
         self.closed = True

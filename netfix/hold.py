@@ -11,8 +11,8 @@ or, with UDP, never; one that is held is only as late as the freeze was long. Th
    meanwhile queues up behind. When the queue is dry, it calls back, and the gate passes packets by itself; what slipped
    into the queue until then follows at once.
 5. `await gate.remove()`, and then `hold.close()`. In this order, and not before 4: the kernel **drops every queued
-   packet of the network namespace, of all queues,** when any netfilter hook goes away (net/netfilter/core.c calls
-   nf_queue_nf_hook_drop), as the base chains do with their table. `gate.set` keeps them.
+   packet of the network namespace, of all queues,** when any netfilter hook goes away, as the base chains do with their
+   table. `gate.set` keeps them, and another gate waits with its removal (see `hooks`).
 
 To give up: `await gate.set(CLOSED)`, `await hold.discard()`, `hold.close()`.
 

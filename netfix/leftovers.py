@@ -12,12 +12,14 @@ import errno
 import re
 import struct
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 from . import nft
 from .errors import UsageError, from_errno
 from .gate import TABLE_PREFIX, table_name
+from .hooks import Hooks
 from .netlink import NETLINK_NETFILTER, NetlinkSocket, Refusal
 
 _CRIU_TABLE = re.compile(r"CRIU(-.*)?")
@@ -112,11 +114,12 @@ async def remove_leftover(leftover: Leftover) -> None:
     Raises NetfixError.
     """
     doing = f"removing {leftover.kind} {leftover.table} {leftover.chain}".rstrip()
-    with NetlinkSocket(NETLINK_NETFILTER, doing) as netlink:
+    with NetlinkSocket(NETLINK_NETFILTER, doing) as netlink, closing(Hooks()) as hooks:
         try:
             messages = _removal(leftover, nft.tables(netlink), nft.chains(netlink), nft.rules(netlink))
             if messages:
-                netlink.transact(nft.batch(messages))
+                async with hooks.alone():
+                    netlink.transact(nft.batch(messages))
         except Refusal as refusal:
             if refusal.number != errno.ENOENT:
                 raise from_errno(refusal.number, doing, refusal.detail) from refusal

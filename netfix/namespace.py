@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import NetfixError, from_errno
 
@@ -34,26 +35,52 @@ class NamespaceExistsError(NetfixError):
     default_hint = "if nothing uses it: ip netns delete NAME"
 
 
+class Home:
+    """The network namespace of the thread that makes it, to come back to: for what is looked up or opened later.
+
+    It keeps the namespace, as a socket in it does, until it is closed."""
+
+    def __init__(self) -> None:
+        self._home = Path(_OURS).open("rb")  # noqa: SIM115 - `close` closes it
+
+    def fileno(self) -> int:
+        """The file that stands for it (ioctl_ns(2))."""
+        return self._home.fileno()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """As `entered`; a thread that is there already needs no capability for it."""
+        with _in(self._home, "coming back to a namespace"):
+            yield
+
+    def close(self) -> None:
+        """Let go of it; idempotent."""
+        self._home.close()
+
+
 @contextlib.contextmanager
 def entered(path: Path) -> Iterator[None]:
     """This thread is in the namespace until the end of the block, in which nothing may be awaited that waits: a socket
     belongs for ever to the namespace it was made in. Raises NoSuchNamespaceError, NotPermittedError."""
-    home = os.open(_OURS, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            there = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise NoSuchNamespaceError(f"there is no network namespace {path}") from error
-        try:
-            _call(f"entering {path}", _libc.setns(there, _CLONE_NEWNET))
-        finally:
-            os.close(there)
+        there = path.open("rb")
+    except FileNotFoundError as error:
+        raise NoSuchNamespaceError(f"there is no network namespace {path}") from error
+    with there, _in(there, f"entering {path}"):
+        yield
+
+
+@contextlib.contextmanager
+def _in(there: BinaryIO, doing: str) -> Iterator[None]:
+    with Path(_OURS).open("rb") as home:
+        if os.path.sameopenfile(home.fileno(), there.fileno()):
+            yield
+            return
+        _call(doing, _libc.setns(there.fileno(), _CLONE_NEWNET))
         try:
             yield
         finally:
-            _call("coming back from a namespace", _libc.setns(home, _CLONE_NEWNET))
-    finally:
-        os.close(home)
+            _call("coming back from a namespace", _libc.setns(home.fileno(), _CLONE_NEWNET))
 
 
 def create(path: Path) -> None:

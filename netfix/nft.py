@@ -261,6 +261,14 @@ def queue_form(netlink: NetlinkSocket) -> str:
 # --- dumps -----------------------------------------------------------------------------------------------------------
 
 
+def dump(
+    netlink: NetlinkSocket, message: Any, family: int, kind: int, attrs: Iterable[tuple[str, Any]] = ()
+) -> list[tuple[int, dict[int, bytes]]]:
+    """What the kernel lists for a `NFT_MSG_GET*` message: the family and the attributes of each."""
+    request = _message(message, family, kind, NLM_F_DUMP, list(attrs))
+    return [(_family(answer), _values(answer)) for answer in netlink.request(request)]
+
+
 def tables(netlink: NetlinkSocket) -> list[Table]:
     """All tables of all families."""
     request = _message(wire.nft_table_msg(), 0, wire.NFT_MSG_GETTABLE, NLM_F_DUMP, [])

@@ -19,6 +19,7 @@ from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.mending import mend_segment_sizes
+from coordinator.agent.movers import real_mover
 from coordinator.agent.namespaced import NamespacedNetwork
 from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
@@ -30,12 +31,12 @@ from coordinator.errors import TrackingFailed
 from coordinator.events import EventSink
 from coordinator.facts import WorkloadSpec
 from coordinator.journal import DEFAULT_STATE_DIR, Journal
-from coordinator.protocol import Credentials, Endpoint, MigrationPlan
+from coordinator.protocol import Credentials, MigrationPlan
 from netfix.address import NetlinkAddressBook
 from netfix.conntrack import NetlinkConnectionTable
-from netfix.frames import PacketFramePort
 from netfix.gate import NftGate
 from netfix.hold import NfqueueHold
+from netfix.movers.base import Role
 from netfix.sockets import DiagSocketInventory
 
 CRIU_END_DEADLINE_S = 30.0
@@ -56,14 +57,14 @@ def runtime_of(workload: WorkloadSpec, expected_pids: tuple[int, ...] = ()) -> R
     return OciRuntime(workload, workload.runtime)
 
 
-def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapters:
+def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
     """The doors of a half to this host."""
     images = TmpfsImageSpace(plan.id, places.run)
     return Adapters(
         runtime=runtime_of(plan.workload, plan.expected_pids),
-        criu=HeldCriu(images.work),
+        criu=HeldCriu(images.work, images.images),
         images=images,
-        network=_network(plan, here),
+        network=_network(plan, role),
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),
         memory_destination=StoredMemory,
         pace=priority.set_pace,
@@ -73,10 +74,12 @@ def real_adapters(plan: MigrationPlan, here: Endpoint, places: Places) -> Adapte
     )
 
 
-def _network(plan: MigrationPlan, here: Endpoint) -> ServiceNetwork:
+def _network(plan: MigrationPlan, role: Role) -> ServiceNetwork:
     """The network of a workload in the host's namespace, or in its own."""
+    here = plan.source if role == "source" else plan.destination
     table = NetlinkConnectionTable()
     own = plan.namespace
+    outside = None if plan.workload.mover.kind == "l2" else real_mover(plan, role)
 
     def make() -> NetfixNetwork:
         interface = here.interface if own is None else own.interface
@@ -85,7 +88,7 @@ def _network(plan: MigrationPlan, here: Endpoint) -> ServiceNetwork:
             plan.addresses,
             gate=NftGate(plan.id, [move.address for move in plan.addresses], alone=own is not None),
             book=NetlinkAddressBook(),
-            port=PacketFramePort(interface),
+            mover=outside or real_mover(plan, role),
             inventory=DiagSocketInventory(),
             hold=NfqueueHold(),
             table=table,
@@ -93,7 +96,7 @@ def _network(plan: MigrationPlan, here: Endpoint) -> ServiceNetwork:
             sockets_tracked=own is None,
         )
 
-    return make() if own is None else NamespacedNetwork(own, plan.namespace_parent, make)
+    return make() if own is None else NamespacedNetwork(own, plan.namespace_parent, make, outside)
 
 
 def _track(root_pid: int) -> TreeTracker:
@@ -105,13 +108,13 @@ def _track(root_pid: int) -> TreeTracker:
 
 def source_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> SourceHalf:
     """A source half on this host."""
-    adapters = real_adapters(plan, plan.source, places)
+    adapters = real_adapters(plan, "source", places)
     return SourceHalf(plan.source.name, plan, journal, adapters, sink=sink, clock=time.monotonic)
 
 
 def destination_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> DestinationHalf:
     """A destination half on this host."""
-    adapters = real_adapters(plan, plan.destination, places)
+    adapters = real_adapters(plan, "destination", places)
     return DestinationHalf(plan.destination.name, plan, journal, adapters, sink=sink, clock=time.monotonic)
 
 

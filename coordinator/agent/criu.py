@@ -30,6 +30,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.images import ImageHold
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.memory.scan_filter import ScanFilter
 from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
@@ -37,8 +40,8 @@ from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
 
-#: The name of the lock that the shim of a restore waits for.
-_IMAGES = "images"
+#: Is told the pid of a command.
+Started = Callable[[int], None]
 
 #: Held in one line each, because CRIU's configuration parser takes one option a line.
 _CONFIG = "network-lock skip\naction-script {script}\n"
@@ -77,20 +80,6 @@ esac
 """
 
 
-#: Stands before ``criu`` in the PATH of a restore that is started before there are images: a runtime needs some 30 ms
-#: to come to the point where it calls CRIU, and that point is where it waits.
-_SHIM = """#!/bin/sh
-# Written by livemove for one migration: holds a restore until its images are complete.
-case " $* " in
-*" restore "* | *" swrk "*)
-    {flock} -s {hold} true
-    [ -e {complete} ] || exit 1
-    ;;
-esac
-exec {criu} "$@"
-"""
-
-
 class Hook:
     """The action script of one CRIU run, its configuration file, and the locks it waits for."""
 
@@ -107,7 +96,6 @@ class Hook:
         if flock is None:
             raise DumpFailed("flock(1) of util-linux is not installed on this host", "Install util-linux.")
         self._tasks = folder / "tasks"
-        self._complete = folder / "images-complete"
         names = {"reached": reached, "hold": folder / "hold", "journal": journal, "proceed": self._proceed}
         quoted = {name: shlex.quote(str(path)) for name, path in names.items()}
         committed = _KILL.format(tasks=shlex.quote(str(self._tasks))) if lazy_dump else _GO_ON
@@ -123,24 +111,6 @@ class Hook:
         descriptor = os.open(self._folder / f"hold.{action}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return descriptor
-
-    def hold_restore(self) -> Path:
-        """Have CRIU wait for ``images_complete``: returns a folder to put first in the PATH of its caller."""
-        criu, flock = shutil.which("criu"), shutil.which("flock")
-        if criu is None or flock is None:
-            raise RestoreFailed("criu or flock is not installed on this host", "Install criu and util-linux.")
-        shim = self._folder / "bin" / "criu"
-        shim.parent.mkdir(mode=0o700)
-        self._locks[_IMAGES] = self._lock(_IMAGES)
-        paths = {"hold": self._folder / f"hold.{_IMAGES}", "complete": self._complete, "criu": criu, "flock": flock}
-        shim.write_text(_SHIM.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}))
-        shim.chmod(0o700)
-        return shim.parent
-
-    def images_complete(self) -> None:
-        """Let a restore that waits in the shim go on."""
-        self._complete.touch()
-        self.release(_IMAGES)
 
     async def reached(self, action: str) -> int:
         """Return when CRIU stands at ``action``, with the pid of the root task."""
@@ -226,13 +196,19 @@ class Restore(Protocol):
 
 
 class Checkpointer(Protocol):
-    """Starts CRIU, through a runtime's command, held at our hooks. ``started`` is told the pid of the command."""
+    """Starts CRIU, through a runtime's command, held at our hooks."""
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
-        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs."""
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
+        """Start a dump, ``lazy`` if the command leaves pages to us; returns as soon as the command runs.
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
-        """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs."""
+        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
+
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
+        """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs.
+
+        ``hold`` is let go with the restore."""
 
 
 class CriuRun:
@@ -262,7 +238,7 @@ class CriuRun:
         self._hook.close()
 
     async def _ended(self) -> int:
-        self._hook.close()
+        self.let_go()
         return await asyncio.shield(self._exit)
 
     def _failure(self) -> LivemoveError:
@@ -282,26 +258,29 @@ class CriuRun:
 class CriuDump(CriuRun):
     """A real dump (see ``Dump``)."""
 
+    def __init__(self, running: Running, hook: Hook, work: Path, scans: ScanFilter) -> None:
+        super().__init__(running, hook, work, DumpFailed)
+        self._scans = scans
+        self._dumping = contextlib.ExitStack()
+
     async def ready(self) -> None:
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
 
-    _watch: NapWatch | None = None
-
     def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
-        self._watch = NapWatch(self._running.pid, root_pid)
-        self._watch.begin()
+        watch = NapWatch(self._running.pid, root_pid)
+        self._dumping.callback(watch.end)
+        self._dumping.callback(self._scans.close)
+        watch.begin()
+        self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
     async def dumped(self) -> None:
         """See ``Dump``."""
-        try:
+        with self._dumping:
             root_pid = await self._stands_at(POST_DUMP)
-        finally:
-            if self._watch is not None:
-                self._watch.end()
         self._hook.doom(process_tree(root_pid))
 
     async def end(self) -> None:
@@ -312,9 +291,19 @@ class CriuDump(CriuRun):
 class CriuRestore(CriuRun):
     """A real restore (see ``Restore``)."""
 
+    def __init__(self, running: Running, hook: Hook, work: Path, journal: Path, hold: ImageHold) -> None:
+        super().__init__(running, hook, work, RestoreFailed)
+        self._journal = journal
+        self._hold = hold
+
+    def let_go(self) -> None:
+        """See ``Restore``."""
+        self._hold.release()
+        super().let_go()
+
     def begin(self) -> None:
         """See ``Restore``."""
-        self._hook.images_complete()
+        self._hold.complete()
 
     async def staged(self) -> int:
         """See ``Restore``."""
@@ -339,32 +328,32 @@ class CriuRestore(CriuRun):
         if status != 0 and '"phase":"COMMITTED"' in self._journal.read_text():
             raise self._failure()
 
-    def __init__(self, running: Running, hook: Hook, work: Path, journal: Path) -> None:
-        super().__init__(running, hook, work, RestoreFailed)
-        self._journal = journal
-
 
 class HeldCriu:
     """The real ``Checkpointer``: hook and logs live in ``work``, inside the migration's image space."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, images: Path) -> None:
         self._work = work
+        self._images = images
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy_dump=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, DumpFailed)
+        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
         """See ``Checkpointer``."""
-        hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
-        path = f"{hook.hold_restore()}:{os.environ['PATH']}"
-        waiting = Command(command.argv, {**command.environment, "PATH": path})
-        running = await self._start(waiting, hook, started)
-        return CriuRestore(running, hook, self._work, journal)
+        with contextlib.ExitStack() as failing:
+            failing.callback(hold.release)
+            hook = Hook(self._work / "hook", journal, (POST_RESTORE,))
+            running = await self._start(command, hook, started)
+            failing.pop_all()
+        return CriuRestore(running, hook, self._work, journal, hold)
 
-    async def _start(self, command: Command, hook: Hook, started: Callable[[int], None]) -> Running:
+    async def _start(self, command: Command, hook: Hook, started: Started) -> Running:
         held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})
         starting = asyncio.ensure_future(start(held, self._work / "output"))
         try:

@@ -57,6 +57,7 @@ class DestinationHalf(HalfWithMemory):
             "image_space": lambda _: self.images.remove(),
             "gate": self._remove_gate,
             "addresses": lambda _: self.network.remove_addresses(),
+            "mover": lambda _: self.network.back(),
             "restore": self._discard,
             "memory": self._end_memory,
             "namespace": lambda _: self.network.remove_namespace(),
@@ -129,6 +130,7 @@ class DestinationHalf(HalfWithMemory):
         silent, because a source that has not committed answers for the addresses again (I2)."""
         self.let_go()
         await self.fall_silent()
+        self.warn(*await self.deeds.undo(only=("mover",)))
         self._linger()
         return self.result("in_doubt", InDoubt(why))
 
@@ -140,7 +142,8 @@ class DestinationHalf(HalfWithMemory):
         before_divert_s = deadlines.accept_s + deadlines.close_s
         async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
             await receive_rounds(self._link(), self.images, self._memory, self._track)
-        async with asyncio.timeout(deadlines.connect_s + deadlines.accept_s + deadlines.freeze_s):
+        after_divert_s = deadlines.accept_s + 2 * self.plan.mover_s
+        async with asyncio.timeout(deadlines.connect_s + after_divert_s + deadlines.freeze_s):
             await self._until_restored()
         self.enter(Phase.STAGED)
 
@@ -168,10 +171,11 @@ class DestinationHalf(HalfWithMemory):
         await self.network.track_connections(from_bytes(entries))
 
     async def _load_restore(self) -> Restore:
-        """Start the restore up to where it needs images, so that the runtime's start is not part of the freeze."""
+        """Start the restore up to where it needs images, so that its start is not part of the freeze."""
         command = self.runtime.restore_command(self.images.images, self.images.work, lazy=self._memory is not None)
         self.deeds.record("restore", durable=False)
-        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"))
+        hold = self.images.hold()
+        self._restore = await self.criu.restore(command, self.journal.path, self.record_criu("restore"), hold)
         return self._restore
 
     async def _receive_go(self) -> Go:
@@ -204,12 +208,13 @@ class DestinationHalf(HalfWithMemory):
         self.enter(Phase.DIVERTED)
         self.adapters.pace("urgent")
         await self.network.hold_arrivals()
-        await self._announce()
+        await self._draw_packets()
         await self._link().send(Diverted())
 
-    async def _announce(self) -> None:
-        frames = [frame for move in self.plan.addresses for frame in move.announce_at_destination]
-        await self.network.announce(frames)
+    async def _draw_packets(self) -> None:
+        """Our part of the mover. What only sends frames has nothing to undo after a reboot."""
+        self.deeds.record("mover", durable=self.plan.workload.mover.kind != "l2")
+        await self.network.divert()
 
     async def finish(self) -> HalfResult:
         """After COMMITTED: let the tasks run, let go of what was held for them, tell the source, clean up.
@@ -306,14 +311,15 @@ class DestinationHalf(HalfWithMemory):
                 await self.wait_criu(params)
 
     async def _release(self) -> HalfResult:
-        """The tasks run. Announce once more for peers that missed it; what is left to do are warnings at worst."""
+        """The tasks run. See that the packets follow them; what is left to do are warnings at worst."""
         try:
             self._sockets = await self.network.sockets(self._root_pid)
-            await self._announce()
-            await self.network.announced()
-        except LivemoveError as error:
+            if not self.deeds.recorded("mover"):  # one that was in doubt had let go of them
+                await self._draw_packets()
+            self.warn(*await self.network.released({each.remote for each in self._sockets if each.remote_port}))
+        except (LivemoveError, OSError) as error:
             self.warn(f"announcing on {self.host}: {error}")
-        self.warn(*await self.deeds.undo(keep=("addresses", "restore", "connections", "namespace")))
+        self.warn(*await self.deeds.undo(keep=("addresses", "mover", "restore", "connections", "namespace")))
         self.finished(Phase.RELEASED)
         return self.result("moved", root_pid=self._root_pid, frozen_bytes=self._received_bytes, sockets=self._sockets)
 
@@ -324,6 +330,7 @@ class DestinationHalf(HalfWithMemory):
         if not await self.fall_silent():
             # A host that does not have the addresses does not answer for them either.
             self.warn(*await self.deeds.undo(only=("restore", "addresses")))
+        self.warn(*await self.deeds.undo(only=("mover",)))  # before the source does its part
         if self.channel is not None:
             answer = GaveUp() if isinstance(error, PeerAborted) else GiveUp(error=error.to_wire())
             with contextlib.suppress(ChannelFailed):

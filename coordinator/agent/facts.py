@@ -22,10 +22,20 @@ from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.tasks import PROC, all_ids, memory_bytes, process_tree, threads
 from coordinator.errors import CommandFailed
-from coordinator.facts import CriuFacts, HostFacts, InterfaceFacts, LeftoverFacts, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    CriuFacts,
+    FirewallDrop,
+    HostFacts,
+    InterfaceFacts,
+    LeftoverFacts,
+    ServicePort,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from netfix.address import NetlinkAddressBook
 from netfix.conntrack import NetlinkConnectionTable
 from netfix.errors import NetfixError, NoSuchInterfaceError
+from netfix.firewall import Service, drops, read_ruleset
 from netfix.gate import find_gates
 from netfix.inventory import findings, other_sockets
 from netfix.leftovers import NftLeftoverFinder
@@ -147,6 +157,18 @@ async def _tracks_connections() -> bool:
         table.close()
 
 
+def firewall_drops(interface: str, services: tuple[ServicePort, ...]) -> tuple[FirewallDrop, ...]:
+    """See ``protocol.AskFirewall``. Without nf_tables, which is a finding of its own, nothing is known."""
+    try:
+        ruleset, index = read_ruleset(), socket.if_nametoindex(interface)
+    except (NetfixError, OSError):
+        return ()
+    chains = {
+        each: drops(ruleset, Service(each.protocol, each.address, each.port), interface, index) for each in services
+    }
+    return tuple(FirewallDrop(service=service, chain=chain) for service, chain in chains.items() if chain)
+
+
 async def _interface(name: str) -> InterfaceFacts | None:
     book = NetlinkAddressBook()
     try:
@@ -191,7 +213,8 @@ async def describe_workload(
         return WorkloadFacts(state=state, namespace_taken=taken, **common)  # type: ignore[arg-type]
     own = own_namespace(workload, tasks.root_pid)
     if own.facts is not None:
-        common["addresses"] = {each: own.facts.interface for each in workload.addresses if each in own.facts.addresses}
+        its_own = set(workload.addresses) & set(own.facts.addresses)
+        common["addresses"] = dict.fromkeys(its_own, (own.facts.interface,))
     tree = process_tree(tasks.root_pid)
     thread_ids = [thread for pid in tree for thread in threads(pid)]
     inodes = tree_socket_inodes(tasks.root_pid)
@@ -220,14 +243,11 @@ async def describe_workload(
     )
 
 
-async def _addresses(workload: WorkloadSpec) -> dict[str, str]:
+async def _addresses(workload: WorkloadSpec) -> dict[str, tuple[str, ...]]:
     book = NetlinkAddressBook()
     try:
-        found = {}
-        for address in workload.addresses:
-            for record in await book.find(address.partition("/")[0]):
-                found[address] = record.interface
-        return found
+        places = {address: await book.find(address.partition("/")[0]) for address in workload.addresses}
+        return {address: tuple(record.interface for record in found) for address, found in places.items() if found}
     finally:
         book.close()
 

@@ -15,6 +15,19 @@ from coordinator.errors import NotEnoughSpace, ProtocolError
 
 RUN_DIR = Path("/run/livemove")
 
+#: CRIU's first image: a restore reads it before any other (criu/cr-restore.c, cr_restore_tasks).
+INVENTORY = "inventory.img"
+
+
+class ImageHold(Protocol):
+    """Holds who reads the images at the first of them, until all are there."""
+
+    def complete(self) -> None:
+        """All are there: let them be read. Raises ``ProtocolError`` if the first is not."""
+
+    def release(self) -> None:
+        """Let go: who still waits reads an end of file. So does the kernel when the agent ends. Idempotent."""
+
 
 class ImageSpace(Protocol):
     """Where CRIU's images of one migration are on one host."""
@@ -42,6 +55,9 @@ class ImageSpace(Protocol):
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Put bytes into an image at ``offset``; an empty write makes the file."""
 
+    def hold(self) -> ImageHold:
+        """From now on, hold who reads the images."""
+
 
 class TmpfsImageSpace:
     """The real image space, a tmpfs at ``/run/livemove/<migration id>``."""
@@ -50,6 +66,8 @@ class TmpfsImageSpace:
         self._base = run_dir / migration
         self.images = self._base / "images"
         self.work = self._base / "work"
+        #: Where the first image is while who reads the images is held.
+        self._aside = self._base / INVENTORY
 
     async def create(self, size_bytes: int) -> None:
         """See ``ImageSpace``."""
@@ -73,22 +91,66 @@ class TmpfsImageSpace:
 
     def sizes(self) -> dict[str, int]:
         """See ``ImageSpace``."""
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.images) if entry.is_file()}
+        kept = [*self.images.iterdir(), self._aside]
+        return {path.name: path.stat().st_size for path in kept if path.is_file()}
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See ``ImageSpace``."""
-        with (self.images / name).open("rb", buffering=0) as file:
+        with self._path(name).open("rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """See ``ImageSpace``. A name with a slash is refused: the other side must not write elsewhere."""
         if "/" in name or name in (".", ".."):
             raise ProtocolError(f"an image named {name!r} was sent")
-        descriptor = os.open(self.images / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(descriptor, data, offset)
         finally:
             os.close(descriptor)
+
+    def hold(self) -> ImageHold:
+        """See ``ImageSpace``."""
+        inventory = self.images / INVENTORY
+        if inventory.exists():
+            inventory.rename(self._aside)
+        return InventoryHold(inventory, self._aside)
+
+    def _path(self, name: str) -> Path:
+        return self._aside if name == INVENTORY and (self.images / name).is_symlink() else self.images / name
+
+
+class InventoryHold:
+    """A pipe of this agent in the place of CRIU's first image.
+
+    A CRIU that has come as far as it can without images, with its libraries and what it knows of the kernel loaded,
+    waits there for the content. If the agent ends, however it ends, there is an end of file to read, or no file: then
+    the restore fails. (A FIFO would not do: to open one without a writer waits for ever; fifo(7). Opening a pipe
+    through proc(5) does not.)"""
+
+    def __init__(self, inventory: Path, aside: Path) -> None:
+        self._inventory = inventory
+        self._aside = aside
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        inventory.symlink_to(f"/proc/{os.getpid()}/fd/{self._reader}")
+
+    def complete(self) -> None:
+        """See ``ImageHold``. Who has come through the link gets its content, who comes later finds the file."""
+        if not self._aside.exists():
+            raise ProtocolError(f"there is no {INVENTORY} among the images")
+        os.write(self._writer, self._aside.read_bytes())  # some 100 bytes, and a pipe takes 64 KiB
+        self._aside.rename(self._inventory)
+        os.close(self._writer)
+        self._writer = -1
+
+    def release(self) -> None:
+        """See ``ImageHold``. Until now who followed the link before the renaming may come."""
+        if self._inventory.is_symlink():
+            self._inventory.unlink()
+        for descriptor in (self._reader, self._writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._reader = self._writer = -1
 
 
 def memory_available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -8,7 +8,7 @@ firewall may look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +20,27 @@ from netfix.attachment import Attachment, Route, add, delete, raise_up
 from netfix.conntrack_entry import Connection
 from netfix.gate import GateState
 from netfix.hold import HoldReport
+from netfix.movers.base import AddressMover
 from netfix.sockets import SocketRecord
 
 
 class NamespacedNetwork:
     """See ``ServiceNetwork``. ``make`` puts the parts together, and is called inside the namespace when it is there.
 
-    Where it is not there any more, there is nothing left to close or to remove: those verbs are done then."""
+    Where it is not there any more, there is nothing left to close or to remove: those verbs are done then. ``outside``:
+    the mover, if it works on the host or on a router, whatever has become of the namespace."""
 
-    def __init__(self, facts: NamespaceFacts, parent: str, make: Callable[[], NetfixNetwork]) -> None:
+    def __init__(
+        self,
+        facts: NamespaceFacts,
+        parent: str,
+        make: Callable[[], NetfixNetwork],
+        outside: AddressMover | None = None,
+    ) -> None:
         self._path = Path(facts.path)
         self._attachment = replace(attachment_of(facts), parent=parent)
         self._make = make
+        self._outside = outside
         self._made: NetfixNetwork | None = None
 
     @property
@@ -44,6 +53,11 @@ class NamespacedNetwork:
     @property
     def _is_gone(self) -> bool:
         return self._made is None and not self._path.exists()
+
+    @property
+    def _mover(self) -> AddressMover | NetfixNetwork | None:
+        """Who does a mover's verbs, as long as there is somebody."""
+        return self._outside or (None if self._is_gone else self._inside)
 
     async def check_namespace(self) -> None:
         """See ``ServiceNetwork``. What is there was not made by us, and stays."""
@@ -109,14 +123,28 @@ class NamespacedNetwork:
         with network_errors():
             delete(self._path, self._attachment.interface)
 
-    async def announce(self, frames: Sequence[bytes]) -> None:
+    async def divert(self) -> None:
         """See ``ServiceNetwork``. With the MAC that the peers know, it is the switches that learn."""
-        await self._inside.announce(frames)
+        with network_errors():
+            await (self._outside or self._inside).divert()
 
-    async def announced(self) -> None:
+    async def back(self) -> None:
         """See ``ServiceNetwork``."""
+        if (mover := self._mover) is not None:
+            with network_errors():
+                await mover.back()
+
+    async def released(self, peers: Collection[str]) -> tuple[str, ...]:
+        """See ``ServiceNetwork``."""
+        if (mover := self._mover) is None:
+            return ()
+        with network_errors():
+            return await mover.released(peers)
+
+    async def finished(self) -> None:
+        """See ``ServiceNetwork``. A mover outside leaves nothing to the background."""
         if self._made is not None:
-            await self._made.announced()
+            await self._made.finished()
 
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """See ``ServiceNetwork``."""

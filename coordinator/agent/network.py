@@ -6,9 +6,8 @@ connection", is kept by the order in which the halves call these verbs; ``netfix
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 from coordinator.agent.tasks import process_tree
@@ -19,9 +18,9 @@ from netfix.address import AddressBook, AddressRecord
 from netfix.conntrack import ConnectionTable
 from netfix.conntrack_entry import Connection, untracked
 from netfix.errors import NetfixError, NoSuchInterfaceError
-from netfix.frames import FramePort, announce
 from netfix.gate import OPEN, Gate, GateState, holding, releasing
 from netfix.hold import Hold, HoldReport
+from netfix.movers.base import AddressMover
 from netfix.sockets import SocketInventory, SocketRecord, of_addresses, owned_by, socket_inodes
 
 
@@ -64,11 +63,17 @@ class ServiceNetwork(Protocol):
     async def remove_addresses(self) -> None:
         """Take the addresses off the interface; the workload's own interface goes with them. Idempotent."""
 
-    async def announce(self, frames: Sequence[bytes]) -> None:
-        """Tell the segment that the addresses are here: a burst at once, repeats in the background for a second."""
+    async def divert(self) -> None:
+        """Our part of bringing the addresses' packets to the destination (``AddressMover``). Undo: ``back``."""
 
-    async def announced(self) -> None:
-        """Return when the repeats have been sent."""
+    async def back(self) -> None:
+        """Our part of bringing them to the source again. Idempotent; for l2, repeats go on in the background."""
+
+    async def released(self, peers: Collection[str]) -> tuple[str, ...]:
+        """The addresses stay at the destination: what an operator should know of it. Idempotent."""
+
+    async def finished(self) -> None:
+        """Return when what goes on in the background of these three is done."""
 
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """The sockets on the addresses or on the wildcard that belong to the process tree below ``root_pid``."""
@@ -103,25 +108,22 @@ class NetfixNetwork:
         *,
         gate: Gate,
         book: AddressBook,
-        port: FramePort,
+        mover: AddressMover,
         inventory: SocketInventory,
         hold: Hold,
         table: ConnectionTable,
         inodes: Callable[[int], set[int]],
         sockets_tracked: bool = True,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._records = [AddressRecord(move.address, move.prefixlen, interface) for move in moves]
         self._gate = gate
         self._book = book
-        self._port = port
+        self._mover = mover
         self._inventory = inventory
         self._hold = hold
         self._table = table
         self._inodes = inodes
         self._sockets_tracked = sockets_tracked
-        self._sleep = sleep
-        self._repeats: asyncio.Task[None] | None = None
 
     async def check_namespace(self) -> None:
         """See ``ServiceNetwork``: none is made."""
@@ -135,7 +137,7 @@ class NetfixNetwork:
     async def set_gate(self, state: GateState) -> None:
         """See ``ServiceNetwork``. Who answers no more does not announce any more either (I2)."""
         if not state.answering:
-            await self._cancel_repeats()
+            await self._mover.hush()
         with network_errors():
             await self._gate.set(state)
 
@@ -179,19 +181,24 @@ class NetfixNetwork:
             for record in self._records:
                 await self._book.remove(record)
 
-    async def announce(self, frames: Sequence[bytes]) -> None:
+    async def divert(self) -> None:
         """See ``ServiceNetwork``."""
         with network_errors():
-            await announce(self._port, frames, repeats=0)
-        await self._cancel_repeats()
-        self._repeats = asyncio.create_task(announce(self._port, frames, burst=0, sleep=self._sleep))
+            await self._mover.divert()
 
-    async def announced(self) -> None:
-        """See ``ServiceNetwork``. A repeat that failed is no failure: the burst went out."""
-        if self._repeats is not None:
-            with contextlib.suppress(NetfixError):
-                await self._repeats
-            self._repeats = None
+    async def back(self) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            await self._mover.back()
+
+    async def released(self, peers: Collection[str]) -> tuple[str, ...]:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            return await self._mover.released(peers)
+
+    async def finished(self) -> None:
+        """See ``ServiceNetwork``."""
+        await self._mover.finished()
 
     async def sockets(self, root_pid: int) -> tuple[SocketFacts, ...]:
         """See ``ServiceNetwork``."""
@@ -235,16 +242,9 @@ class NetfixNetwork:
 
     async def close(self) -> None:
         """See ``ServiceNetwork``."""
-        await self._cancel_repeats()
-        for part in (self._hold, self._gate, self._book, self._port, self._inventory, self._table):
+        await self._mover.close()
+        for part in (self._hold, self._gate, self._book, self._inventory, self._table):
             part.close()
-
-    async def _cancel_repeats(self) -> None:
-        if self._repeats is not None:
-            self._repeats.cancel()
-            with contextlib.suppress(asyncio.CancelledError, NetfixError):
-                await self._repeats
-            self._repeats = None
 
 
 def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:

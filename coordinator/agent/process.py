@@ -8,8 +8,11 @@ pasted, its exit status, and the first line that explains.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +75,7 @@ class Running:
 
 async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) -> Running:
     """Start a command whose output goes to the file ``output``; it inherits the descriptors ``inherit``."""
+    _leave_stops_alone()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
@@ -90,11 +94,25 @@ async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) 
     return Running(command, process)
 
 
+def _leave_stops_alone() -> None:
+    """Before Python 3.12 a thread waits for each child, with waitpid(2): of a child that another thread of ours traces
+    (see ``memory/scan_filter.py``) it would get the stops, and take them for its end."""
+    if sys.version_info >= (3, 12):
+        return
+    watcher = asyncio.get_child_watcher()
+    if not isinstance(watcher, asyncio.PidfdChildWatcher) or not watcher.is_active():
+        watcher = asyncio.PidfdChildWatcher()
+        watcher.attach_loop(asyncio.get_running_loop())
+        asyncio.set_child_watcher(watcher)
+
+
 async def run(
     argv: Sequence[str], *, deadline_s: float = 30.0, environment: Mapping[str, str] | None = None
 ) -> Completed:
-    """Run a short command to its end; kill it and raise ``DeadlineExceeded`` if it takes longer than ``deadline_s``."""
+    """Run a short command to its end; after ``deadline_s`` kill it, with what it started, and raise
+    ``DeadlineExceeded``."""
     command = Command(tuple(argv), environment or {})
+    _leave_stops_alone()
     try:
         process = await asyncio.create_subprocess_exec(
             *command.argv,
@@ -113,7 +131,8 @@ async def run(
         raise DeadlineExceeded(f"{command}: not finished after {deadline_s:g} s") from error
     finally:
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started: the session is its own
             await process.wait()
     assert process.returncode is not None
     return Completed(command, process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from coordinator.agent import facts, recover
+from coordinator.agent import facts, movers, recover
 from coordinator.agent.assembly import REAL_PARTS, AnyListener, Parts, Places, runtime_of
 from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.half import ANY_REASON, as_livemove_error, uninterrupted
@@ -22,7 +22,7 @@ from coordinator.agent.selftest import self_test
 from coordinator.agent.source import SourceHalf
 from coordinator.errors import AgentFailed, Interrupted, LivemoveError, ProtocolError, WorkloadBusy
 from coordinator.events import Event
-from coordinator.facts import HostFacts, WorkloadFacts
+from coordinator.facts import HostFacts, MoverFacts, WorkloadFacts
 from coordinator.journal import Journal, LiveLock, Role
 from coordinator.protocol import (
     LINE_LIMIT_BYTES,
@@ -30,10 +30,13 @@ from coordinator.protocol import (
     VERSION,
     Abort,
     Answers,
+    AskFirewall,
     DescribeHost,
+    DescribeMover,
     DescribeWorkload,
     DestinationReady,
     Done,
+    FirewallDrops,
     HalfResult,
     ListMigrations,
     MigrationPlan,
@@ -88,6 +91,8 @@ class Agent:
             DescribeWorkload: self._describe_workload,
             RunSelfTest: self._self_test,
             WhoAnswers: self._who_answers,
+            DescribeMover: self._describe_mover,
+            AskFirewall: self._ask_firewall,
             PrepareDestination: self._prepare_destination,
             PrepareSource: self._prepare_source,
             RunHalf: self._run_half,
@@ -154,6 +159,12 @@ class Agent:
         finally:
             port.close()
         return Answers(macs=tuple(sorted(macs)))
+
+    async def _describe_mover(self, request: DescribeMover) -> MoverFacts:
+        return await movers.describe_mover(request.mover, request.addresses)
+
+    async def _ask_firewall(self, request: AskFirewall) -> FirewallDrops:
+        return FirewallDrops(drops=facts.firewall_drops(request.interface, request.services))
 
     async def _prepare_destination(self, request: PrepareDestination) -> DestinationReady:
         owned = self._own(request.plan, "destination")

@@ -157,7 +157,8 @@ class SourceHalf(Half):
         lazy = self.memory.lazy
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
-        self._dump = await self.criu.dump(command, self.journal.path, self.record_criu("dump"), lazy=lazy)
+        started, hidden = self.record_criu("dump"), self.memory.hidden
+        self._dump = await self.criu.dump(command, self.journal.path, started, lazy=lazy, hidden=hidden)
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
         await self._send_images()
@@ -171,9 +172,10 @@ class SourceHalf(Half):
         self.deeds.record("addresses")
         self.enter(Phase.DIVERTED)
         await self.network.set_gate(SILENT)
-        async with asyncio.timeout(self.plan.deadlines.connect_s):  # nobody answers meanwhile
+        async with asyncio.timeout(self.plan.deadlines.connect_s + self.plan.mover_s):  # nobody answers meanwhile
             await self._link().send(Divert())
             await expect(self._link(), Diverted)
+        await self.network.divert()  # the destination's part is done: it holds what comes
         await self.settling.after_divert()
 
     async def _freeze(self, dump: Dump) -> None:
@@ -226,6 +228,8 @@ class SourceHalf(Half):
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
         self.adapters.pace("usual")
         self.enter(Phase.RESUMED, durable=True)
+        if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
+            self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
         if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:
             return self._result("in_doubt", unserved)
         return await self.release()
@@ -259,6 +263,10 @@ class SourceHalf(Half):
             self.warn(f"cleaning up on {self.host}: {error}")
         else:
             self.warn(*await self.deeds.undo(keep=("addresses", "dump")))
+        try:
+            self.warn(*await self.network.released(()))
+        except LivemoveError as error:
+            self.warn(f"after the move, on {self.host}: {error}")
         self.finished(Phase.RELEASED)
         return self._result("moved")
 
@@ -286,7 +294,7 @@ class SourceHalf(Half):
         self.warn(*await self.deeds.undo(only=("dump",)))  # first of all: the tasks run again, behind the gate
         await self._close_memory()
         self.warn(*await self.deeds.undo())
-        await self.network.announced()
+        await self.network.finished()
         self.finished(Phase.ROLLED_BACK)
         return self._result("rolled_back", error)
 
@@ -310,8 +318,7 @@ class SourceHalf(Half):
         await self._wait_for_silence()
         if self.deeds.recorded("gate"):  # without one the host answers already
             await self.network.set_gate(OPEN)
-        frames = [frame for move in self.plan.addresses for frame in move.announce_at_source]
-        await self.network.announce(frames)
+        await self.network.back()
 
     async def _wait_for_silence(self) -> None:
         """Wait, bounded, for the destination's word that it answers no more. Without it we answer all the same: a host
@@ -319,7 +326,8 @@ class SourceHalf(Half):
         if self.channel is None or self._peer_is_silent:
             return
         with contextlib.suppress(ChannelFailed, ProtocolError, TimeoutError):
-            async with asyncio.timeout(self.plan.deadlines.abort_s):
+            # It may be in the middle of its part of the mover, and then has to undo that.
+            async with asyncio.timeout(self.plan.deadlines.abort_s + 2 * self.plan.mover_s):
                 while not isinstance((await self.channel.receive())[0], GaveUp | GiveUp):
                     pass
 

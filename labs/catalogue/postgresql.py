@@ -36,4 +36,5 @@ CREATE TABLE copied (number int PRIMARY KEY, word text);
         "echo 'host all all all trust' >>base/pg_hba.conf",
         f"{PROGRAMS}/postgres --single -D base postgres <schema.sql >schema.log",
     ),
+    needed="an IPC namespace and a /dev/shm of its own",
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from coordinator.agent.fakes.host import FakeImageSpace
+from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.world import Life, World
-from coordinator.agent.images import ImageSpace, TmpfsImageSpace, memory_available_bytes
+from coordinator.agent.images import INVENTORY, ImageSpace, TmpfsImageSpace, memory_available_bytes
 from coordinator.errors import NotEnoughSpace, ProtocolError
 from tests.unit.agent.stage import make_plan
 
@@ -42,6 +44,52 @@ async def test_images_are_written_in_parts_and_read_back(space: ImageSpace) -> N
     assert space.read("pages-1.img", 6, 10) == b""
     space.write("pages-1.img", 1, b"X")
     assert space.read("pages-1.img", 0, 100) == b"aXcdef"
+
+
+async def test_the_first_image_is_kept_aside_while_readers_are_held(space: ImageSpace) -> None:
+    await space.create(SIZE)
+    space.write(INVENTORY, 0, b"an older one")
+    hold = space.hold()
+    space.write(INVENTORY, 0, b"some content")
+    assert space.sizes() == {INVENTORY: 12}
+    hold.complete()
+    assert space.sizes() == {INVENTORY: 12}
+    assert space.read(INVENTORY, 0, 100) == b"some content"
+    hold.release()
+
+
+async def test_images_without_the_first_are_not_complete(space: ImageSpace) -> None:
+    await space.create(SIZE)
+    hold = space.hold()
+    space.write("core-1.img", 0, b"x")
+    with pytest.raises(ProtocolError, match=INVENTORY):
+        hold.complete()
+    hold.release()
+    hold.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+async def test_real_only_a_reader_gets_all_of_the_first_image_or_nothing(
+    tmp_path: Path, complete: bool, early: bool
+) -> None:
+    """Whether it comes before the images are complete or after it, and nothing if they never are."""
+    real = TmpfsImageSpace("m-1", tmp_path / "run")
+    await real.create(SIZE)
+    hold = real.hold()
+    real.write(INVENTORY, 0, b"inventory")
+    command = ("cat", str(real.images / INVENTORY))
+    readers = [await asyncio.create_subprocess_exec(*command, stdout=PIPE)] if early else []
+    await asyncio.sleep(0.1 if early else 0)
+    if complete:
+        hold.complete()
+    hold.release()
+    if not early:
+        readers.append(await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL))
+    for reader in readers:
+        assert (await reader.communicate())[0] == (b"inventory" if complete else b"")
+    await real.remove()
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "a/b", ".", ".."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.registers import this_machine
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_process_stopped, with_stopped_thread
 from coordinator.agent.memory.userfault import take_userfaultfd
+from coordinator.agent.process import Command, start
 from coordinator.errors import TrackingFailed
 from tests.contract.memory_target import Target, in_call, memory_of, names, state, until
 
@@ -59,6 +61,21 @@ def test_the_call_is_made_by_the_target(target: Target) -> None:
     assert (
         with_stopped_thread(target.pid, lambda thread: (thread.call(GETPID), thread.call(GETPID))) == (target.pid,) * 2
     )
+
+
+async def test_a_child_of_ours_that_we_stop_has_not_ended(tmp_path: Path) -> None:
+    """The event loop waits for it, and must not take its stops (see ``process.py``)."""
+    running = await start(Command(("sleep", "1000"), {}), tmp_path / "output")
+    ended = asyncio.ensure_future(running.wait())
+    for _ in range(50):
+        assert await asyncio.to_thread(with_stopped_thread, running.pid, call_getpid) == running.pid
+    assert not ended.done()
+    running.kill()
+    assert await ended == -signal.SIGKILL
+
+
+def call_getpid(thread: StoppedThread) -> int:
+    return thread.call(GETPID)
 
 
 CALLS = {

@@ -8,12 +8,15 @@ from pyroute2 import AsyncIPRoute
 from netfix.announce import announcement_frames, probe_frames
 from netfix.errors import InvalidAddressError, NetfixError, NoSuchInterfaceError
 from netfix.frames import FakeFramePort, FramePort, PacketFramePort, announce
+from netfix.questions import question
 from tests.contract.netfix_segment import (
     HOST,
     HOST6,
     HOST_MAC,
     NOBODY,
     NOBODY6,
+    PEER,
+    PEER6,
     PEER_MAC,
     SERVICE,
     SERVICE6,
@@ -56,6 +59,39 @@ async def test_who_names_the_host_that_has_the_address(cable: Segment, port: Fra
 @pytest.mark.parametrize("address", [NOBODY, NOBODY6])
 async def test_who_names_nobody_where_nobody_answers(cable: Segment, port: FramePort, address: str) -> None:
     assert await _who(cable, port, address) == set()
+
+
+@EACH_FAMILY
+async def test_a_neighbour_that_is_asked_in_the_name_of_an_address_acknowledges(
+    cable: Segment, port: FramePort, address: str
+) -> None:
+    """The host is the neighbour here; the peer asks as if it had another service address."""
+    host, claimed = (HOST6, NOBODY6) if ":" in address else (HOST, NOBODY)
+    questions = {host: question(claimed, PEER_MAC, host)}
+    assert await cable.peer.run(port.ask(questions, claimed, PATIENCE_S)) == {host}
+    assert await cable.peer.run(port.ask({}, claimed, PATIENCE_S)) == set()
+
+
+@EACH_FAMILY
+async def test_a_port_keeps_the_namespace_that_it_was_made_in(cable: Segment, address: str) -> None:
+    """Here it is asked from outside."""
+    port = await cable.peer.call(lambda: PacketFramePort("eth0"))
+    host, claimed = (HOST6, NOBODY6) if ":" in address else (HOST, NOBODY)
+    assert await port.who(probe_frames(address, PEER_MAC), address, PATIENCE_S) == {HOST_MAC}
+    assert await port.ask({host: question(claimed, PEER_MAC, host)}, claimed, PATIENCE_S) == {host}
+    port.close()
+    port.close()
+
+
+@EACH_FAMILY
+async def test_a_neighbour_that_does_not_answer_has_not_acknowledged(cable: Segment, address: str) -> None:
+    silent, claimed = (NOBODY6, "2001:db8::78") if ":" in address else (NOBODY, "192.0.2.78")
+    questions = {silent: question(claimed, PEER_MAC, silent)}
+    packet = await cable.peer.call(lambda: PacketFramePort("eth0"))
+    ports: list[FramePort] = [packet, FakeFramePort(deaf={silent})]
+    for port in ports:
+        assert await cable.peer.run(port.ask(questions, claimed, PATIENCE_S)) == set()
+        port.close()
 
 
 async def test_who_wants_an_address(cable: Segment, port: FramePort) -> None:
@@ -101,6 +137,20 @@ async def test_a_neighbour_follows_an_announcement_at_once(cable: Segment, addre
         await cable.peer.run(_make_stale(address))
         await announce(port, announcement_frames(address, HOST_MAC), burst=1, repeats=0)
         await cable.arrived()
+        assert await cable.peer.run(_neighbour(address)) == HOST_MAC
+    finally:
+        port.close()
+
+
+@EACH_FAMILY
+async def test_a_neighbour_that_acknowledges_has_learnt_where_the_address_is(cable: Segment, address: str) -> None:
+    """What is asked in the name of the address is as good as an announcement, and is answered."""
+    asked = PEER6 if ":" in address else PEER
+    port = await cable.host.call(lambda: PacketFramePort("eth0"))
+    try:
+        await cable.peer.run(_make_stale(address))
+        questions = {asked: question(address, HOST_MAC, asked)}
+        assert await cable.host.run(port.ask(questions, address, PATIENCE_S)) == {asked}
         assert await cable.peer.run(_neighbour(address)) == HOST_MAC
     finally:
         port.close()

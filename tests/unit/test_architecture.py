@@ -44,8 +44,10 @@ PURE_OURS = frozenset(
         "errors",
         "facts",
         "findings",
+        "move_facts",
         "plan",
         "preflight",
+        "preflight_addresses",
         "preflight_namespace",
         "protocol",
         "journal",
@@ -54,7 +56,9 @@ PURE_OURS = frozenset(
 PURE = (
     "coordinator/plan.py",
     "coordinator/preflight.py",
+    "coordinator/preflight_addresses.py",
     "coordinator/preflight_namespace.py",
+    "coordinator/move_facts.py",
     "coordinator/findings.py",
     "coordinator/agent/memory/convergence.py",
 )

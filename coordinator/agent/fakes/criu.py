@@ -7,19 +7,24 @@ then reads the journal as the script in ``agent/criu.py`` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore
+from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore, Started
+from coordinator.agent.fakes.images import FakeImageHold
+from coordinator.agent.fakes.memory import OUTER_PID
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
+from coordinator.agent.images import INVENTORY, ImageHold
 from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
-_PAGES, _MAP, _CORE, _EMPTY = "pages-1.img", "pagemap-1.img", "core-1.img", "fs-1.img"
+_PAGES, _MAP, _EMPTY = "pages-1.img", "pagemap-1.img", "fs-1.img"
 _POLL_S = 0.1
 
 
@@ -31,9 +36,7 @@ class FakeCriuRun:
         self.machine = machine
         self.journal = journal
         self.proceed = False
-        self.begun = False
         self.resumed = asyncio.Event()
-        self.images_complete = asyncio.Event()
         self.reached = {action: asyncio.Event() for action in actions}
         self._unlocked = {action: asyncio.Event() for action in actions}
         self.pid = next(world.pids)
@@ -51,7 +54,6 @@ class FakeCriuRun:
 
     def unlock_all(self) -> None:
         """Drop all locks, as the kernel does when the agent ends."""
-        self.images_complete.set()
         for action in self._unlocked:
             self.unlock(action)
 
@@ -59,17 +61,23 @@ class FakeCriuRun:
         self.reached[action].set()
         await self._unlocked[action].wait()
 
-    async def dump(self, *, lazy: bool) -> int:
+    async def dump(self, *, lazy: bool, hidden: HiddenPages | None) -> int:
         """A dump, with its exit status. A lazy one leaves private pages out, and never ends well: its hook has killed
-        the tasks, or refused to serve their pages."""
+        the tasks, or refused to serve their pages. (What is hidden it would have left out, and is missing after a
+        restore all the same.)"""
         machine = self.machine
         await self._stand(PRE_DUMP)
         if not self.proceed or machine.copy != "running":
             return 1
         self.world.set_copy(machine, "frozen")
         await asyncio.sleep(0)
+        if hidden is not None and machine.refusal:
+            hidden.refusal = machine.refusal
+        elif hidden is not None:
+            for pid, address in machine.memory:
+                hidden.visible(OUTER_PID + pid, address, address + PAGE_BYTES)
         if machine.files is not None:
-            machine.files.update({**images_of(machine.memory, lazy=lazy), _CORE: b"core", _EMPTY: b""})
+            machine.files.update({**images_of(machine.memory, lazy=lazy), INVENTORY: b"inventory", _EMPTY: b""})
             await self._stand(POST_DUMP)
             if decision(self.journal) is True:
                 self.world.set_copy(machine, "absent")
@@ -77,11 +85,10 @@ class FakeCriuRun:
         self.world.set_copy(machine, "running")
         return 1
 
-    async def restore(self) -> int:
+    async def restore(self, hold: FakeImageHold) -> int:
         """A restore, with its exit status."""
         machine = self.machine
-        await self.images_complete.wait()
-        if not self.begun or machine.files is None or _MAP not in machine.files or machine.copy != "absent":
+        if not await hold.opened or machine.files is None or _MAP not in machine.files or machine.copy != "absent":
             return 1
         machine.memory, machine.missing = memory_of(machine.files)
         machine.registered = True
@@ -149,7 +156,7 @@ class _Handle:
 
     async def ended(self) -> int:
         await self.life.checkpoint()
-        self.run.unlock_all()
+        self.let_go()
         status = await asyncio.shield(self.exit)
         await self.life.verb("criu ends", self.failure)
         return status
@@ -182,10 +189,18 @@ class FakeDump(_Handle):
 class FakeRestore(_Handle):
     """A ``Restore`` in memory."""
 
+    def __init__(self, life: Life, run: FakeCriuRun, exit_status: asyncio.Task[int], hold: ImageHold) -> None:
+        super().__init__(life, run, exit_status, RestoreFailed("CRIU fails"))
+        self._hold = hold
+
     def begin(self) -> None:
         """See ``Restore``."""
-        self.run.begun = True
-        self.run.images_complete.set()
+        self._hold.complete()
+
+    def let_go(self) -> None:
+        """See ``Restore``."""
+        self._hold.release()
+        super().let_go()
 
     async def staged(self) -> int:
         """See ``Restore``."""
@@ -217,16 +232,22 @@ class FakeCheckpointer:
     def __init__(self, life: Life) -> None:
         self._life = life
 
-    async def dump(self, command: Command, journal: Path, started: Callable[[int], None], *, lazy: bool) -> Dump:
+    async def dump(
+        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+    ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
-        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy)), DumpFailed("CRIU fails"))
+        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy, hidden=hidden)), DumpFailed("CRIU fails"))
         return await self._told(handle, started)
 
-    async def restore(self, command: Command, journal: Path, started: Callable[[int], None]) -> Restore:
+    async def restore(self, command: Command, journal: Path, started: Started, hold: ImageHold) -> Restore:
         """See ``Checkpointer``."""
-        run = await self._start(journal, (POST_RESTORE,), RestoreFailed("CRIU does not start"))
-        handle = FakeRestore(self._life, run, run.begin(run.restore()), RestoreFailed("CRIU fails"))
+        assert isinstance(hold, FakeImageHold)
+        with contextlib.ExitStack() as failing:
+            failing.callback(hold.release)
+            run = await self._start(journal, (POST_RESTORE,), RestoreFailed("CRIU does not start"))
+            failing.pop_all()
+        handle = FakeRestore(self._life, run, run.begin(run.restore(hold)), hold)
         return await self._told(handle, started)
 
     async def _start(self, journal: Path, actions: tuple[str, ...], failure: LivemoveError) -> FakeCriuRun:
@@ -235,7 +256,7 @@ class FakeCheckpointer:
         self._life.at_death.append(run.unlock_all)
         return run
 
-    async def _told(self, handle: H, started: Callable[[int], None]) -> H:
+    async def _told(self, handle: H, started: Started) -> H:
         # The instant between a process's start and the record of its pid is too short for this fake to stop at.
         started(handle.run.pid)
         try:

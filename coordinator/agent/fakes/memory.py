@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from coordinator.agent.fakes.workload import Page, is_lazy, mappings, runs
 from coordinator.agent.fakes.world import AgentKilled, Life, Machine
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
+from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import FETCH_TIMEOUT_S, Fetch
+from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pages import PageData
 from coordinator.agent.messages import ChannelMessage, DroppedPages, PageBatch, ProcessGone
 from coordinator.errors import CommandFailed, MemoryLost, NotEnoughSpace, RestoreFailed, TrackingFailed
+from coordinator.protocol import MemoryPolicy
 
 #: A process's pid on the host, by its pid in CRIU's images.
 OUTER_PID = 99
@@ -92,6 +96,32 @@ def fake_read(life: Life, pid: int, wanted: Iterable[PageRun]) -> Iterator[PageD
         here = tuple(PageRun(address, 1) for address in found)
         yield PageData(here, memoryview(data), tuple(PageRun(each, 1) for each in group if each not in found))
         life.world.work()
+
+
+def fake_memory_source(life: Life, policy: MemoryPolicy, clock: Callable[[], float]) -> MemorySource:
+    """The real ``MemorySource`` over the world's memory."""
+    machine = life.machine
+
+    def processes(_: int) -> dict[int, int]:
+        return {pid: OUTER_PID + pid for pid in sorted({pid for pid, _ in machine.memory})}
+
+    def started(pid: int) -> int | None:
+        return 1 if machine.copy in ("running", "frozen") else None
+
+    def hide(root_pid: int, _: object) -> HiddenPages:
+        return HiddenPages(
+            root_pid, processes=lambda root: processes(root).values(), mappings=lambda _: list(mappings())
+        )
+
+    return MemorySource(
+        policy,
+        lambda _: FakeTrackers(life),
+        clock=clock,
+        read=partial(fake_read, life),
+        processes=processes,
+        started=started,
+        hide=hide,
+    )
 
 
 class _Guard:

@@ -21,6 +21,7 @@ from netfix.frames import FakeFramePort
 from netfix.gate import GateState
 from netfix.hold import FakeHold
 from netfix.hold_buffer import OTHER, HeldPacket
+from netfix.movers.fake import FakeWay
 from netfix.sockets import SocketRecord
 
 #: ``held``: restored, and has never run. Frozen and held copies have their sockets, an absent one has none.
@@ -55,6 +56,7 @@ class Machine:
     keepers: set[str] = field(default_factory=set)  # who has a userfaultfd: without any, missing pages read as zero
     daemon: Callable[[Page], Awaitable[bool]] | None = None  # has the filler bring in a page
     trackers: int = 0
+    refusal: str = ""  # why nothing can be hidden from CRIU here
     registered: bool = False  # the runtime knows the workload
     gates: dict[str, GateState] = field(default_factory=dict)
     files: dict[str, bytes] | None = None  # the image space
@@ -116,6 +118,8 @@ class World:
             self.source.book.records.append(AddressRecord(move.address, move.prefixlen, plan.source.interface))
         self.workload = Workload()
         self.source.tracked[CONNECTION.key] = CONNECTION
+        #: For the movers other than l2: which hosts draw packets.
+        self.way = FakeWay()
         self.source.copy, self.source.memory, self.source.registered = "running", self.workload.memory, True
         #: The memory as it was frozen, which is what has to run on the other side.
         self.frozen: dict[Page, bytes] = {}
@@ -171,15 +175,20 @@ class World:
         if self.killed:
             return
         number = next(self.packets)
-        for machine in (self.source, self.destination):
-            if not machine.answers:
-                continue
+        for machine in self._drawing():
             if machine.queues and machine.holds:
                 machine.holds[-1].arrive(HeldPacket(number, OTHER, 100))
             elif machine.passes:
                 self.deliver(machine, number)
             else:
                 self.dropped.append(number)
+
+    def _drawing(self) -> list[Machine]:
+        """The machines that a packet comes to: those that answer, or the one that draws it in another way."""
+        if self.plan.workload.mover.kind == "l2":
+            return [machine for machine in (self.source, self.destination) if machine.answers]
+        drawing = [self.destination] if "destination" in self.way.attracting else []
+        return drawing or ([self.source] if "source" in self.way.attracting else [])
 
     def deliver(self, machine: Machine, number: int) -> None:
         """A packet reaches the service's socket on a machine."""

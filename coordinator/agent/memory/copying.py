@@ -17,6 +17,7 @@ from coordinator.agent.channel import Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
+from coordinator.agent.memory.hidden_pages import HiddenPages, hide
 from coordinator.agent.memory.pages import PageData, read_pages
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.shared import SharedMemory, Span
@@ -87,6 +88,7 @@ class MemorySource:
         read: ReadPages = read_pages,
         processes: Callable[[int], dict[int, int]] = processes_of,
         started: Callable[[int], int | None] = start_time,
+        hide: Callable[[int, Iterable[ProcessChanges]], HiddenPages | None] = hide,
     ) -> None:
         self.mode: Mode = policy.mode
         self.report = CopyReport()
@@ -96,7 +98,10 @@ class MemorySource:
         self._read = read
         self._processes = processes
         self._started = started
+        self._hide = hide
         self._clock = clock
+        #: The pages that CRIU was not to see, which must be sent here.
+        self.hidden: HiddenPages | None = None
         self._trackers: Trackers | None = None
         self._busy: asyncio.Future[Any] | None = None
         #: The frozen tasks: pid in CRIU's images → pid here, and when it started.
@@ -142,6 +147,8 @@ class MemorySource:
         # What the last look found is re-armed and so must be sent; the freeze is left with what is written after it.
         began = self._clock()
         self._record_round(await self._send_round(pending, left, link), (self._clock() - began) * 1000)
+        if self.mode == "pre-copy":
+            self.hidden = self._hide(root_pid, pending.values())
 
     def _convergence(self) -> ConvergencePolicy:
         policy = self._policy
@@ -165,12 +172,14 @@ class MemorySource:
 
     async def last(self, root_pid: int, link: Channel) -> None:
         """The tasks are frozen: send what was written since the last round, or, where it is fetched later, have the
-        destination forget it."""
+        destination forget it. Raises ``TrackingFailed`` if CRIU left out what nobody else has looked at."""
         if self._trackers is None:
             if self.lazy:
                 self._know_frozen(self._processes(root_pid))
             return
         changed = await self._in_thread(lambda trackers: trackers.collect(last=True))
+        if self.hidden is not None:
+            self.hidden.check(changed.values())
         self._know_frozen({each.inner_pid: each.pid for each in changed.values()})
         for pid in self._trackers.take_gone():
             await link.send(ProcessGone(pid=pid))

@@ -82,12 +82,15 @@ def tmpfs_devices(mountinfo: str) -> frozenset[str]:
 
 
 def needs_flags(status: str) -> bool:
-    """Whether /proc/PID/status tells of locked or huge pages, so that maps alone would not do.
+    """Whether /proc/PID/status tells of locked or huge pages, or of shadow stacks (x86), so that maps alone would not
+    do.
 
     smaps walks every page table of the process; maps does not. So smaps is read only where it can tell something."""
     for line in status.splitlines():
         name, _, value = line.partition(":")
         if name in ("VmLck", "HugetlbPages") and value.split()[:1] != ["0"]:
+            return True
+        if name == "x86_Thread_features" and "shstk" in value.split():
             return True
     return False
 

@@ -9,8 +9,8 @@ One thread of the target is stopped for some hundred microseconds, its others ru
 - *Signals.* A signal that is being delivered when we stop the thread is delivered first; all that come later wait,
   blocked as by the thread itself, and are delivered when it goes on: none is lost, none comes twice. A process that is
   stopped (SIGSTOP) stays so: the kernel stops the thread again when we let go of it.
-- *Memory.* Nothing is written. The instruction that makes the call is one the process already has, usually of its vdso,
-  and the calls made take no pointers.
+- *Memory.* Nothing of the process's is written. The instruction that makes the call is one it already has, usually of
+  its vdso; a call that takes a pointer (``scan_filter``) gets a page that is mapped and unmapped again.
 - *seccomp* is suspended for the calls (PTRACE_O_SUSPEND_SECCOMP).
 - *rseq.* A thread inside a restartable sequence is let out of it first: its kernel-side restart would be skipped while
   it runs our instruction.
@@ -29,6 +29,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,11 +97,11 @@ class StoppedThread:
                 forward = stop.signal  # cannot be blocked; handed on it stops the others, and us at the next event
         raise TrackingFailed(f"process {self.pid}: a system call made in it was interrupted")
 
-    def stop(self) -> None:
+    def stop(self, asked: Callable[[], None] = lambda: None) -> None:
         """Bring the seized thread to a stop in which nothing is being delivered, and outside of a restartable
-        sequence."""
+        sequence; ``asked`` is called, perhaps more than once, when it has been asked to stop."""
         for _ in range(_RSEQ_TRIES):
-            self._interrupt()
+            self._interrupt(asked)
             self._registers = ptrace.get_registers(self.tid, self._machine.register_bytes)
             if self._machine.in_call(self._registers) or not self._in_restartable_sequence():
                 break
@@ -109,10 +110,11 @@ class StoppedThread:
             raise Unresponsive(f"thread {self.tid} stays in a restartable sequence")
         self._mask = ptrace.get_signal_mask(self.tid)
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, asked: Callable[[], None]) -> None:
         """Stop at an event. A signal that is being delivered is delivered first, with the next stop asked for before,
         because a stop for a signal uses up a pending interrupt (kernel/signal.c, ptrace_stop)."""
         ptrace.request(ptrace.INTERRUPT, self.tid)
+        asked()
         for _ in range(1000):
             stop = ptrace.wait_stop(self.tid, STOP_DEADLINE_S)
             if stop.by_event:
@@ -157,8 +159,9 @@ class StoppedThread:
         raise Unresponsive(f"thread {self.tid} does nothing but receive signals")
 
 
-def with_stopped_thread(pid: int, work: Callable[[StoppedThread], T]) -> T:
-    """Stop one thread of the process, do ``work`` with it, and leave it as found.
+def with_stopped_thread(pid: int, work: Callable[[StoppedThread], T], *, asked: Callable[[], None] = lambda: None) -> T:
+    """Stop one thread of the process, do ``work`` with it, and leave it as found. ``asked`` ends what keeps a process
+    of one thread from stopping: it is called when that has been asked to, so that it does nothing in between.
 
     Raises ``TargetGone`` if the process ends meanwhile, ``TrackingFailed`` if it cannot be traced or does not stop."""
     machine = this_machine()
@@ -167,7 +170,7 @@ def with_stopped_thread(pid: int, work: Callable[[StoppedThread], T]) -> T:
     instruction = find_instruction(pid, machine)
     for tid in candidates(pid)[:_TRIED_THREADS]:
         try:
-            return _in_own_thread(lambda tid=tid: _attached(pid, tid, machine, instruction, work))  # type: ignore[misc]
+            return _in_own_thread(partial(_attached, pid, tid, machine, instruction, work, asked=asked))
         except Unresponsive:
             continue
         except TargetGone:
@@ -212,14 +215,22 @@ def _all_attached(pid: int, machine: Machine, work: Callable[[], T]) -> T:
                     thread.release()
 
 
-def _attached(pid: int, tid: int, machine: Machine, instruction: int, work: Callable[[StoppedThread], T]) -> T:
+def _attached(
+    pid: int,
+    tid: int,
+    machine: Machine,
+    instruction: int,
+    work: Callable[[StoppedThread], T],
+    *,
+    asked: Callable[[], None],
+) -> T:
     options = ptrace.O_TRACESYSGOOD
     if ptrace.status_field(tid, "Seccomp") not in ("", "0"):
         options |= ptrace.O_SUSPEND_SECCOMP
     with _undisturbed():
         ptrace.seize(tid, options)
         thread = StoppedThread(pid, tid, machine, instruction)
-        thread.stop()
+        thread.stop(asked)
         try:
             return work(thread)
         finally:

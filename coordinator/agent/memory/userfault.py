@@ -108,6 +108,13 @@ def _make_inside(thread: StoppedThread, process: int) -> int:
             f"process {thread.pid}: userfaultfd is refused in it ({os.strerror(-number)})",
             "EMFILE: it has as many descriptors as it may; ENOSYS, EPERM: the kernel or a security module forbids it.",
         )
+    return take_out(thread, process, number)
+
+
+def take_out(thread: StoppedThread, process: int, number: int) -> int:
+    """Copy a descriptor that the thread has just made through the pidfd ``process``, and close it there."""
+    machine = this_machine()
+    assert machine is not None, "with_stopped_thread has checked"
     mine = int(_libc.syscall(_PIDFD_GETFD, process, number, 0, 0, 0))
     reason = os.strerror(ctypes.get_errno())
     # Another thread of the target could have closed the number and opened a file of its own under it: leave that.

@@ -20,7 +20,7 @@ from coordinator.agent.server import Agent
 from coordinator.config import Configuration, Host
 from coordinator.errors import ExitCode, LivemoveError, SessionLost
 from coordinator.events import EventSink
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import MoverSpec, WorkloadSpec
 from coordinator.journal import Phase, read_state
 from coordinator.protocol import (
     Abort,
@@ -44,12 +44,21 @@ R = TypeVar("R")
 ID = "20261120T061500-counter-3f9a"
 
 
-def make_plan(deadlines: Deadlines | None = None, memory: MemoryPolicy | None = None) -> MigrationPlan:
+def make_plan(
+    deadlines: Deadlines | None = None, memory: MemoryPolicy | None = None, mover: MoverSpec | None = None
+) -> MigrationPlan:
     """A move of one service from alpha to beta."""
     move = AddressMove(
         address="192.0.2.200", prefixlen=24, announce_at_destination=(b"at beta",), announce_at_source=(b"at alpha",)
     )
-    spec = WorkloadSpec(name="counter", runtime="runc", addresses=("192.0.2.200/24",), container="c", bundle="/srv/c")
+    spec = WorkloadSpec(
+        name="counter",
+        runtime="runc",
+        addresses=("192.0.2.200/24",),
+        container="c",
+        bundle="/srv/c",
+        mover=mover or MoverSpec(),
+    )
     return MigrationPlan(
         id=ID,
         workload=spec,
@@ -128,8 +137,14 @@ def make_host(name: str) -> Host:
 class Stage:
     """One migration. Set faults on `source.life`, `destination.life` and `segment` before `play`."""
 
-    def __init__(self, folder: Path, deadlines: Deadlines | None = None, memory: MemoryPolicy | None = None) -> None:
-        self.plan = make_plan(deadlines, memory)
+    def __init__(
+        self,
+        folder: Path,
+        deadlines: Deadlines | None = None,
+        memory: MemoryPolicy | None = None,
+        mover: MoverSpec | None = None,
+    ) -> None:
+        self.plan = make_plan(deadlines, memory, mover)
         self.world = World(folder, self.plan)
         self.segment = FakeSegment(parted=self._part)
         self.source = Process(self.world, self.world.source, self.segment)
@@ -211,18 +226,27 @@ def verdict(stage: Stage) -> str:
         assert phases == {Phase.RELEASED}
         assert destination.answers
         assert destination.passes
-        assert sent[-1].startswith(destination.name)
-        assert destination.port.sent[-1] == b"at beta"
         assert {each.original for each in destination.tracked.values()} == {CONNECTION.original}
+        if world.plan.workload.mover.kind != "l2":
+            assert world.way.attracting == {"destination"}
+            return "moved"
+        assert sent[-1].startswith(destination.name)
+        assert _announced(destination)[-1] == b"at beta"
         return "moved"
     assert (source.copy, destination.copy) == ("running", "absent")
     assert phases <= {Phase.ROLLED_BACK, None}
     assert source.answers
     assert source.passes
     assert list(source.tracked.values()) == [CONNECTION]
+    assert world.plan.workload.mover.kind == "l2" or world.way.attracting == {"source"}
     assert not sent or sent[-1].startswith(source.name)
-    assert not sent or source.port.sent[-1] == b"at alpha"
+    assert not sent or _announced(source)[-1] == b"at alpha"
     return "rolled_back"
+
+
+def _announced(machine: Machine) -> list[bytes]:
+    """What a machine has sent, without the questions whether its neighbours follow."""
+    return [frame for frame in machine.port.sent if frame.startswith(b"at ")]
 
 
 def told_outcomes(ends: tuple[Told, Told]) -> set[str]:

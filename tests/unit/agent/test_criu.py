@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.agent.criu import HeldCriu, Restore
+from coordinator.agent.images import InventoryHold
 from coordinator.agent.process import Command, wait_gone
 from coordinator.errors import CommandFailed, DumpFailed, RestoreFailed
 from coordinator.journal import Journal, Phase
@@ -19,26 +20,15 @@ _SCRIPT = """
 at() { CRTOOLS_SCRIPT_ACTION=$1 "$(sed -n 's/^action-script //p' "$CRIU_CONFIG_FILE")"; }
 """
 DUMP = _SCRIPT + "at pre-dump || exit 3; at network-lock; at post-dump || exit 4"
-RESTORE = _SCRIPT + "at pre-restore; at post-restore || exit 5; at post-resume"
+RESTORE = (
+    _SCRIPT
+    + "read -r first <$IMAGES/inventory.img || exit 2; at pre-restore; at post-restore || exit 5; at post-resume"
+)
 FAILING = "echo 'Warn: x'; echo 'Error (a.c:1): no such file'; exit 1"
 
 
 def script(text: str) -> Command:
     return Command(("sh", "-c", text), {})
-
-
-def restoring(text: str) -> Command:
-    """What a runtime does: in time it calls CRIU, found in its PATH; ours here runs `text`."""
-    return Command(("sh", "-c", "criu --version; exec criu restore"), {"FAKE_CRIU": text})
-
-
-@pytest.fixture(autouse=True)
-def _criu_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = tmp_path / "bin" / "criu"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\neval "$FAKE_CRIU"\n')
-    fake.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture
@@ -51,7 +41,15 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 @pytest.fixture
 def criu(tmp_path: Path) -> HeldCriu:
     (tmp_path / "work").mkdir()
-    return HeldCriu(tmp_path / "work")
+    (tmp_path / "images").mkdir()
+    return HeldCriu(tmp_path / "work", tmp_path / "images")
+
+
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InventoryHold:
+    monkeypatch.setenv("IMAGES", str(tmp_path))
+    (tmp_path / "aside").write_text("inventory\n")
+    return InventoryHold(tmp_path / "inventory.img", tmp_path / "aside")
 
 
 def commit(journal: Journal) -> None:
@@ -89,23 +87,25 @@ def sleeping() -> subprocess.Popen[bytes]:
     return subprocess.Popen(["sleep", "1000"])
 
 
-async def begun(criu: HeldCriu, journal: Journal, text: str = RESTORE) -> Restore:
-    restore = await criu.restore(restoring(text), journal.path, lambda _: None)
+async def begun(criu: HeldCriu, journal: Journal, hold: InventoryHold, text: str = RESTORE) -> Restore:
+    restore = await criu.restore(script(text), journal.path, lambda _: None, hold)
     restore.begin()
     await restore.staged()
     return restore
 
 
-async def test_a_restore_runs_when_it_is_committed(criu: HeldCriu, journal: Journal) -> None:
-    restore = await begun(criu, journal)
+async def test_a_restore_runs_when_it_is_committed(criu: HeldCriu, journal: Journal, hold: InventoryHold) -> None:
+    restore = await begun(criu, journal, hold)
     commit(journal)
     await restore.end()
 
 
-async def test_the_tasks_run_before_criu_has_ended(criu: HeldCriu, journal: Journal, tmp_path: Path) -> None:
+async def test_the_tasks_run_before_criu_has_ended(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold, tmp_path: Path
+) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    restore = await begun(criu, journal, f"{RESTORE}; read line <{gate}")
+    restore = await begun(criu, journal, hold, f"{RESTORE}; read line <{gate}")
     commit(journal)
     await restore.resumed()
     with gate.open("w") as file:
@@ -113,30 +113,37 @@ async def test_the_tasks_run_before_criu_has_ended(criu: HeldCriu, journal: Jour
     await restore.end()
 
 
-async def test_tasks_that_do_not_run_are_told(criu: HeldCriu, journal: Journal) -> None:
-    restore = await begun(criu, journal, RESTORE.replace("at post-resume", "exit 7"))
+async def test_tasks_that_do_not_run_are_told(criu: HeldCriu, journal: Journal, hold: InventoryHold) -> None:
+    restore = await begun(criu, journal, hold, RESTORE.replace("at post-resume", "exit 7"))
     commit(journal)
     with pytest.raises(RestoreFailed, match="exit status 7"):
         await restore.resumed()
 
 
-async def test_a_restore_that_is_aborted_fails_as_it_should(criu: HeldCriu, journal: Journal) -> None:
-    restore = await begun(criu, journal)
+async def test_a_restore_that_is_aborted_fails_as_it_should(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold
+) -> None:
+    restore = await begun(criu, journal, hold)
     journal.enter(Phase.ABORTED)
     await restore.end()
 
 
-async def test_criu_reads_no_images_before_they_are_complete(criu: HeldCriu, journal: Journal, tmp_path: Path) -> None:
+async def test_criu_reads_no_images_before_they_are_complete(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold, tmp_path: Path
+) -> None:
     """Also when its agent lets go of it: then the restore ends without having begun."""
     touched = tmp_path / "touched"
-    restore = await criu.restore(restoring(f"touch {touched}; {RESTORE}"), journal.path, lambda _: None)
+    text = RESTORE.replace("at pre-restore", f"touch {touched}")
+    restore = await criu.restore(script(text), journal.path, lambda _: None, hold)
     restore.let_go()
     await restore.end()
     assert not touched.exists()
 
 
-async def test_a_restore_that_fails_after_the_commit_point_is_an_error(criu: HeldCriu, journal: Journal) -> None:
-    restore = await begun(criu, journal, RESTORE + "; exit 7")
+async def test_a_restore_that_fails_after_the_commit_point_is_an_error(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold
+) -> None:
+    restore = await begun(criu, journal, hold, RESTORE + "; exit 7")
     commit(journal)
     with pytest.raises(RestoreFailed, match="exit status 7"):
         await restore.end()
@@ -167,13 +174,15 @@ async def test_what_cannot_be_started_is_told(criu: HeldCriu, journal: Journal) 
         await criu.dump(Command(("/nonexistent",), {}), journal.path, lambda _: None, lazy=False)
 
 
-async def test_cancelled_while_it_starts_it_is_known_and_follows_the_journal(criu: HeldCriu, journal: Journal) -> None:
+async def test_cancelled_while_it_starts_it_is_known_and_follows_the_journal(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold
+) -> None:
     """Otherwise the roll-back would not wait for a restore that is about to hold tasks."""
     from coordinator.agent.process import start_time
 
     known: list[tuple[int, int]] = []
     starting = asyncio.ensure_future(
-        criu.restore(restoring(RESTORE), journal.path, lambda pid: known.append((pid, start_time(pid) or 0)))
+        criu.restore(script(RESTORE), journal.path, lambda pid: known.append((pid, start_time(pid) or 0)), hold)
     )
     await asyncio.sleep(0)
     starting.cancel()

@@ -16,6 +16,8 @@ from coordinator.facts import NamespaceFacts, WorkloadSpec
 from coordinator.wire import decode, encode
 from netfix.attachment import Attachment, Route
 from netfix.gate import CLOSED, OPEN
+from netfix.movers.base import AddressMover
+from netfix.movers.fake import FakeMover, FakeWay
 
 ATTACHED = Attachment(
     interface="eth0",
@@ -61,11 +63,11 @@ def test_facts_are_the_attachment_there_and_back() -> None:
     assert attachment_of(decode(NamespaceFacts, encode(facts))) == ATTACHED
 
 
-def network(path: Path) -> NamespacedNetwork:
+def network(path: Path, mover: AddressMover | None = None) -> NamespacedNetwork:
     def never() -> NetfixNetwork:
         raise AssertionError("nothing can be made in a namespace that is not there")
 
-    return NamespacedNetwork(facts_of(path, ATTACHED), "br0", never)
+    return NamespacedNetwork(facts_of(path, ATTACHED), "br0", never, mover)
 
 
 async def test_where_the_namespace_is_gone_nothing_is_left_to_undo(tmp_path: Path) -> None:
@@ -75,9 +77,20 @@ async def test_where_the_namespace_is_gone_nothing_is_left_to_undo(tmp_path: Pat
     await gone.forget_connections()
     await gone.remove_addresses()
     await gone.remove_gate()
-    await gone.announced()
+    await gone.back()
+    assert await gone.released(()) == ()
+    await gone.finished()
     await gone.remove_namespace()
     await gone.close()
+
+
+async def test_a_mover_that_works_on_the_host_goes_on_without_the_namespace(tmp_path: Path) -> None:
+    way = FakeWay()
+    gone = network(tmp_path / "gone", FakeMover("destination", way))
+    await gone.divert()
+    assert way.attracting == {"source", "destination"}
+    await gone.back()
+    assert way.attracting == {"source"}
 
 
 async def test_and_nothing_can_be_opened(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from coordinator.agent.fakes.channel import Trouble
 from coordinator.agent.fakes.clock import run
 from coordinator.agent.fakes.workload import is_lazy
+from coordinator.agent.memory.runs import spans_of
 from coordinator.journal import Phase
 from coordinator.protocol import HalfResult, MemoryPolicy, Mode
 from tests.unit.agent.faults import (
@@ -109,6 +110,29 @@ def test_without_a_fault(tmp_path: Path, mode: Mode) -> None:
         assert in_order(world.history, ["beta: a page is filled in", "alpha: the copy is absent"])
         last = max(number for number, line in enumerate(world.history) if "page is filled" in line)
         assert world.history.index("alpha: the copy is absent") > last
+
+
+def test_a_criu_that_cannot_be_kept_from_looking_at_pages(tmp_path: Path) -> None:
+    """It takes longer, and that is all."""
+    stage = Stage(tmp_path, memory=MemoryPolicy(mode="pre-copy"))
+    stage.world.source.refusal = "fanotify: Operation not permitted"
+    source, destination = run(stage.play())
+    assert isinstance(source, HalfResult)
+    assert isinstance(destination, HalfResult)
+    assert verdict(stage) == "moved"
+    (warning,) = source.warnings
+    assert stage.world.source.refusal in warning
+    assert destination.warnings == ()
+
+
+def test_pages_that_nobody_would_bring_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory hidden by mistake is in no image, and the destination would not miss it: never committed."""
+    monkeypatch.setattr("coordinator.agent.memory.hidden_pages.hideable", spans_of)
+    stage = Stage(tmp_path, memory=MemoryPolicy(mode="pre-copy"))
+    source, _ = run(stage.play())
+    assert isinstance(source, HalfResult)
+    assert source.error is not None
+    assert (verdict(stage), source.error["code"]) == ("rolled_back", "TRACKING_FAILED")
 
 
 @pytest.mark.parametrize("mode", MODES)

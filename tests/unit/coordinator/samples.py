@@ -81,7 +81,7 @@ RUNNING = WorkloadFacts(
     pids=(2100, 2101),
     memory_bytes=64 << 20,
     sockets=(tcp(), tcp(remote="192.0.2.100", remote_port=40001)),
-    addresses={CIDR: "eth0"},
+    addresses={CIDR: ("eth0",)},
 )
 ABSENT = WorkloadFacts(state="absent")
 

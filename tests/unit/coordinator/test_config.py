@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coordinator.config import SECTIONS, Configuration, configuration_path, load, parse
 from coordinator.config_section import ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import WorkloadSpec
+from coordinator.facts import MoverSpec, RouterSpec, WorkloadSpec
 from coordinator.protocol import Deadlines, MemoryPolicy
 from coordinator.wire import encode
 from tests.unit.coordinator.samples import HOSTS, WORKLOADS, configuration, host_section, write_keys
@@ -53,6 +53,17 @@ def test_policy_and_channel_address(folder: Path) -> None:
     config = parse(text, folder / "livemove.toml")
     assert config.policy.deadlines == Deadlines(freeze_s=5.0, settle_s=0.25)
     assert config.host("gamma").channel_address == "198.51.100.13"
+
+
+def test_movers(folder: Path) -> None:
+    text = HOSTS + WORKLOADS + 'mover = "route"\nrouter = "admin@192.0.2.1:2222"\nrouter_key = "/etc/key"\n'
+    config = parse(text, folder / "livemove.toml")
+    assert config.workload("counter").mover == MoverSpec()
+    router = RouterSpec(address="192.0.2.1", user="admin", port=2222, key="/etc/key")
+    assert config.workload("echo").mover == MoverSpec(kind="route", router=router)
+    text = HOSTS + WORKLOADS + 'mover = "hook"\nhook = "/usr/local/sbin/move"\n'
+    mover = parse(text, folder / "livemove.toml").workload("echo").mover
+    assert mover == MoverSpec(kind="hook", hook="/usr/local/sbin/move")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,19 @@ def test_bad_ssh_targets(text: str) -> None:
         (
             HOSTS + WORKLOADS.replace("pid_file", "bundle"),
             'workloads.echo.bundle: not allowed with runtime = "process"',
+        ),
+        (
+            HOSTS + WORKLOADS + 'mover = "rout"\n',
+            'workloads.echo.mover: \'rout\' is none of "l2", "route", "hook"; did you mean \'route\'?',
+        ),
+        (HOSTS + WORKLOADS + 'mover = "hook"\n', 'workloads.echo.hook: missing; write hook = "/usr/local/sbin/'),
+        (HOSTS + WORKLOADS + 'mover = "hook"\nhook = "x"\n', "workloads.echo.hook: 'x' is not an absolute path"),
+        (HOSTS + WORKLOADS + 'hook = "/x"\n', 'workloads.echo.hook: not allowed with mover = "l2"; remove it, or'),
+        (HOSTS + WORKLOADS + 'mover = "route"\n', 'workloads.echo.router: missing; write router = "root@192.0.2.1"'),
+        (HOSTS + WORKLOADS + 'mover = "route"\nrouter = "@"\n', "workloads.echo.router: '@' is no ssh target; write"),
+        (
+            HOSTS + WORKLOADS + 'mover = "route"\nrouter = "r"\nrouter_key = "k"\n',
+            "workloads.echo.router_key: 'k' is not an absolute path",
         ),
         (HOSTS + WORKLOADS + "root_pid = 5\n", "workloads.echo.root_pid: not allowed together with pid_file"),
         (HOSTS + WORKLOADS.replace('pid_file = "/run/echo.pid"', ""), "workloads.echo.pid_file: missing; write"),

@@ -20,8 +20,18 @@ from coordinator.errors import (
     UnknownWorkload,
 )
 from coordinator.events import Event
+from coordinator.facts import FirewallDrop, MoverFacts, MoverSpec, RouterSpec, ServicePort
 from coordinator.fakes import FakeHosts
-from coordinator.protocol import DescribeHost, DescribeWorkload, Request, RunSelfTest, SelfTestResult, WhoAnswers
+from coordinator.protocol import (
+    AskFirewall,
+    DescribeHost,
+    DescribeMover,
+    DescribeWorkload,
+    Request,
+    RunSelfTest,
+    SelfTestResult,
+    WhoAnswers,
+)
 from coordinator.report.checks import CheckReport, DoctorReport
 from coordinator.sessions import open_sessions
 from tests.unit.coordinator.samples import ABSENT, ADDRESS, BETA_MAC, RUNNING, configuration, hosts
@@ -110,6 +120,7 @@ async def test_check_finds_where_the_workload_runs_and_nothing_wrong(config: Con
         *((host, DescribeHost) for host in ("alpha", "beta")),
         *((host, RunSelfTest) for host in ("alpha", "beta")),
         ("beta", WhoAnswers),
+        ("beta", AskFirewall),
     }
     (question,) = [request for _, request in fakes.calls if isinstance(request, WhoAnswers)]
     assert (question.address, question.interface) == (ADDRESS, "eth0")
@@ -218,3 +229,43 @@ async def test_a_defect_while_connecting_is_not_hidden(config: Configuration) ->
     with pytest.raises(ZeroDivisionError):
         async with open_sessions([config.host("beta")], fakes.connect, ignore):
             pass
+
+
+def with_hook(config: Configuration) -> Configuration:
+    counter = replace(config.workload("counter"), mover=MoverSpec(kind="hook", hook="/usr/local/sbin/move-address"))
+    return replace(config, workloads={**config.workloads, "counter": counter})
+
+
+async def test_a_hook_that_cannot_be_used_is_found_by_doctor_and_check(config: Configuration) -> None:
+    fakes = hosts()
+    fakes.hosts["beta"].mover = MoverFacts(problem="/usr/local/sbin/move-address is missing")
+    report = await examine(with_hook(config), fakes)
+    assert [[each.code for each in host.findings] for host in report.hosts] == [[], ["HOOK_UNUSABLE"], []]
+    assert codes(await ask(with_hook(config), fakes)) == ["HOOK_UNUSABLE"]
+    asked = {(host, request.addresses) for host, request in fakes.calls if isinstance(request, DescribeMover)}
+    assert asked == {(name, (ADDRESS,)) for name in ("alpha", "beta", "gamma")}
+
+
+async def test_only_the_source_is_asked_whether_it_reaches_the_router(config: Configuration) -> None:
+    fakes = hosts()
+    counter = replace(config.workload("counter"), mover=MoverSpec(kind="route", router=RouterSpec(address="192.0.2.1")))
+    fakes.hosts["alpha"].mover = MoverFacts(routes={ADDRESS: "192.0.2.12"})
+    report = await ask(replace(config, workloads={"counter": counter}), fakes)
+    assert codes(report) == ["ROUTE_NOT_TO_SOURCE"]
+    assert "the router 192.0.2.1 has 192.0.2.12 for 192.0.2.200, not alpha's 192.0.2.11" in report.findings[0].message
+    assert [host for host, request in fakes.calls if isinstance(request, DescribeMover)] == ["alpha"]
+
+
+async def test_a_firewall_that_drops_the_port_is_found(config: Configuration) -> None:
+    fakes = hosts()
+    ports = (ServicePort(protocol="tcp", address=ADDRESS, port=port) for port in (22, 7000))
+    fakes.hosts["beta"].firewall = tuple(FirewallDrop(service=port, chain="inet filter input") for port in ports)
+    report = await ask(config, fakes)
+    assert codes(report) == ["FIREWALL_DROPS"]
+    assert report.findings[0].message == "inet filter input drops what comes to tcp 192.0.2.200 port 7000"
+
+
+async def test_a_firewall_that_cannot_be_asked_forbids_the_move(config: Configuration) -> None:
+    fakes = hosts()
+    fakes.hosts["beta"].failing[AskFirewall] = SessionLost("the session was lost")
+    assert codes(await ask(config, fakes)) == ["SESSION_LOST"]

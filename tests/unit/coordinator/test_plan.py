@@ -12,16 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.fakes import healthy_facts
-from coordinator.plan import ID_LIMIT, TOKEN_LIMIT, image_space_bytes, make_plan, migration_id
+from coordinator.plan import ID_LIMIT, TOKEN_LIMIT, image_space_bytes, make_plan, migration_id, next_hop
 from coordinator.protocol import AddressMove, Deadlines, Endpoint, MigrationPlan
 from coordinator.wire import decode, encode
-from tests.unit.coordinator.samples import ADDRESS, ALPHA_MAC, BETA_MAC, RUNNING, configuration
+from tests.unit.coordinator.samples import ADDRESS, ALPHA_MAC, BETA_MAC, CIDR, RUNNING, configuration
 
 NOW = datetime(2026, 11, 20, 6, 15, tzinfo=UTC)
 
 
 def frames(address: str, mac: str) -> tuple[bytes, ...]:
     return (f"{address} is at {mac}".encode(),)
+
+
+def probes(address: str, mac: str) -> tuple[bytes, ...]:
+    return (f"{mac} asks for {address}".encode(),)
 
 
 def plan(folder: Path, **changes: object) -> MigrationPlan:
@@ -36,6 +40,7 @@ def plan(folder: Path, **changes: object) -> MigrationPlan:
         "destination_facts": healthy_facts(12),
         "workload_facts": RUNNING,
         "frames": frames,
+        "probes": probes,
     }
     return make_plan(**{**whole, **changes})  # type: ignore[arg-type]
 
@@ -73,20 +78,41 @@ def test_connections_are_tracked_where_the_destination_tracks(tmp_path: Path, so
 
 def test_the_plan_of_a_move(tmp_path: Path) -> None:
     made = plan(tmp_path)
-    assert made.source == Endpoint(name="alpha", interface="eth0", channel_address="192.0.2.11")
-    assert made.destination == Endpoint(name="beta", interface="eth0", channel_address="192.0.2.12")
+    assert made.source == Endpoint(name="alpha", interface="eth0", channel_address="192.0.2.11", mac=ALPHA_MAC)
+    assert made.destination == Endpoint(name="beta", interface="eth0", channel_address="192.0.2.12", mac=BETA_MAC)
     assert made.addresses == (
         AddressMove(
             address=ADDRESS,
             prefixlen=24,
             announce_at_destination=frames(ADDRESS, BETA_MAC),
             announce_at_source=frames(ADDRESS, ALPHA_MAC),
+            probe_at_destination=probes(ADDRESS, BETA_MAC),
+            source_next_hop="192.0.2.11",
+            destination_next_hop="192.0.2.12",
         ),
     )
     assert made.expected_pids == RUNNING.pids
     assert made.image_space_bytes == image_space_bytes(RUNNING.memory_bytes)
     assert made.deadlines == Deadlines()
     assert decode(MigrationPlan, encode(made)) == made
+
+
+@pytest.mark.parametrize(
+    ("addresses", "service", "hop"),
+    [
+        (("192.0.2.11/24",), "198.51.100.7/32", "192.0.2.11"),
+        (("192.0.2.200/24", "192.0.2.11/24"), CIDR, "192.0.2.11"),
+        (("192.0.2.11/24",), "2001:db8::200/64", ""),
+        (("fe80::1/64", "2001:db8::11/64"), "2001:db8:1::7/128", "2001:db8::11"),
+        ((), CIDR, ""),
+    ],
+)
+def test_the_next_hop_is_an_address_that_stays(addresses: tuple[str, ...], service: str, hop: str) -> None:
+    facts = healthy_facts(11)
+    assert facts.interface is not None
+    facts = replace(facts, interface=replace(facts.interface, addresses=addresses))
+    assert next_hop(facts, service, (service, CIDR)) == hop
+    assert next_hop(replace(facts, interface=None), service, (service,)) == ""
 
 
 def test_image_space_has_room_for_more_than_the_pages() -> None:

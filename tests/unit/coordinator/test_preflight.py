@@ -9,10 +9,24 @@ from typing import Any
 import pytest
 
 from coordinator.errors import HostUnreachable
-from coordinator.facts import CriuFacts, HostFacts, LeftoverFacts, Obstacle, WorkloadFacts, WorkloadSpec
+from coordinator.facts import (
+    CriuFacts,
+    FirewallDrop,
+    HostFacts,
+    LeftoverFacts,
+    MoverFacts,
+    MoverSpec,
+    Obstacle,
+    RouterSpec,
+    ServicePort,
+    SocketFacts,
+    WorkloadFacts,
+    WorkloadSpec,
+)
 from coordinator.fakes import healthy_facts
 from coordinator.findings import CHECKS, NEEDS_CAP_SYS_RESOURCE, finding, in_order
-from coordinator.preflight import MoveFacts, host_findings, is_unicast_mac, move_findings, numbers, release
+from coordinator.move_facts import MoveFacts, service_ports
+from coordinator.preflight import host_findings, is_unicast_mac, move_findings, numbers, release
 from coordinator.protocol import SelfTestResult
 from tests.unit.coordinator.samples import ABSENT, ADDRESS, ALPHA_MAC, BETA_MAC, CIDR, RUNNING, tcp
 
@@ -22,6 +36,9 @@ ALPHA, BETA = healthy_facts(11), healthy_facts(12)
 CRIU_42 = CriuFacts(path="/usr/sbin/criu", version="4.2.1")
 CRIU_41 = CriuFacts(path="/usr/sbin/criu", version="4.1.1")
 COUNTER = WorkloadSpec(name="counter", runtime="runc", container="counter", bundle="/srv/counter", addresses=(CIDR,))
+BY_HOOK = replace(COUNTER, mover=MoverSpec(kind="hook", hook="/usr/local/sbin/move-address"))
+BY_ROUTE = replace(COUNTER, mover=MoverSpec(kind="route", router=RouterSpec(address="192.0.2.1")))
+SERVICE_PORT = ServicePort(protocol="tcp", address=ADDRESS, port=7000)
 PROCESS = WorkloadSpec(name="counter", runtime="process", pid_file="/run/counter.pid", addresses=(CIDR,))
 GATE = LeftoverFacts(kind="gate", detail="gate of the migration 20261120T061500-counter-3f9a", hint="open it")
 OTHER_GATE = replace(GATE, detail="gate of the migration 20261120T061500-echo-3f9a")
@@ -192,14 +209,33 @@ SMALL_HOST_BYTES = (64 << 20) + (64 << 20)
         ),
         # the addresses
         (with_workloads(replace(RUNNING, addresses={})), ["ADDRESS_NOT_ON_SOURCE"]),
-        (with_workloads(replace(RUNNING, addresses={ADDRESS: "eth0"})), []),
-        (with_workloads(replace(RUNNING, addresses={CIDR: "eth1"})), ["ADDRESS_ON_OTHER_INTERFACE"]),
-        (with_workloads(beta=replace(ABSENT, addresses={CIDR: "eth0"})), ["ADDRESS_ON_DESTINATION"]),
+        (with_workloads(replace(RUNNING, addresses={ADDRESS: ("eth0",)})), []),
+        (with_workloads(replace(RUNNING, addresses={CIDR: ("eth1",)})), ["ADDRESS_ON_OTHER_INTERFACE"]),
+        (with_workloads(beta=replace(ABSENT, addresses={CIDR: ("eth0",)})), ["ADDRESS_ON_DESTINATION"]),
+        (with_workloads(replace(RUNNING, addresses={CIDR: ("eth0", "eth1")})), ["ADDRESS_ON_SEVERAL"]),
         ({"answers": {ADDRESS: (ALPHA_MAC.upper(),)}}, []),
         ({"answers": {ADDRESS: (ALPHA_MAC, BETA_MAC)}}, ["ADDRESS_ANSWERED_BY_OTHER"]),
         ({"answers": {ADDRESS: ()}}, ["ADDRESS_NOT_ANSWERED"]),
         ({"answers": {}}, []),
         (with_hosts(beta=interface(BETA, addresses=("198.51.100.1/24",))), ["ADDRESS_OUTSIDE_SUBNET"]),
+        # the other movers
+        ({"workload": BY_HOOK, "movers": {"alpha": MoverFacts(), "beta": MoverFacts()}}, []),
+        ({"workload": BY_HOOK, "movers": {"beta": MoverFacts(problem="/x is missing")}}, ["HOOK_UNUSABLE"]),
+        ({"workload": BY_HOOK, "answers": {ADDRESS: ()}}, []),
+        ({"workload": BY_HOOK, **with_hosts(beta=interface(BETA, addresses=("198.51.100.1/24",)))}, []),
+        ({"workload": BY_ROUTE, "movers": {"alpha": MoverFacts(routes={ADDRESS: "192.0.2.11"})}}, []),
+        ({"workload": BY_ROUTE, "movers": {"alpha": MoverFacts(routes={ADDRESS: ""})}}, ["ROUTE_NOT_TO_SOURCE"]),
+        (
+            {"workload": BY_ROUTE, "movers": {"alpha": MoverFacts(routes={ADDRESS: "192.0.2.12"})}},
+            ["ROUTE_NOT_TO_SOURCE"],
+        ),
+        ({"workload": BY_ROUTE, "movers": {"alpha": MoverFacts(problem="no route to host")}}, ["ROUTER_UNREACHABLE"]),
+        (
+            {"workload": BY_ROUTE, **with_hosts(beta=interface(BETA, addresses=("2001:db8::12/64", "192.0.2.200/24")))},
+            ["NEXT_HOP_MISSING"],
+        ),
+        # the firewall
+        ({"firewall": (FirewallDrop(service=SERVICE_PORT, chain="inet filter input"),)}, ["FIREWALL_DROPS"]),
         # leftovers
         (with_hosts(beta=replace(BETA, leftovers=(RULE,))), ["LEFTOVER_CUTS_SERVICE"]),
         (with_hosts(beta=replace(BETA, leftovers=(NAMED_RULE, OTHER_RULE))), ["LEFTOVER_CUTS_SERVICE", "LEFTOVER"]),
@@ -210,6 +246,27 @@ def test_move_findings(changes: dict[str, Any], codes: list[str]) -> None:
     found = move_findings(move(**changes))
     assert [each.code for each in found] == codes
     assert all(each.where and each.message and each.hint for each in found)
+
+
+@pytest.mark.parametrize(
+    ("socket", "addresses"),
+    [
+        (tcp(), [ADDRESS]),
+        (tcp("0.0.0.0"), [ADDRESS]),
+        (tcp("::"), [ADDRESS, "2001:db8::200"]),
+        (tcp("2001:db8::200"), ["2001:db8::200"]),
+        (tcp("192.0.2.7"), []),
+        (tcp(remote="192.0.2.100", remote_port=40001), []),
+        (replace(tcp(), protocol="udp", state="UNCONNECTED"), [ADDRESS]),
+        (replace(tcp(remote="192.0.2.100", remote_port=5), protocol="udp"), []),
+        (replace(tcp(), protocol="sctp"), []),
+    ],
+)
+def test_where_clients_reach_a_workload(socket: SocketFacts, addresses: list[str]) -> None:
+    both = replace(COUNTER, addresses=(CIDR, "2001:db8::200/64"))
+    found = service_ports(both, replace(RUNNING, sockets=(socket, socket)))
+    assert [each.address for each in found] == addresses
+    assert all(each.port == 7000 and each.protocol == socket.protocol for each in found)
 
 
 def test_an_obstacle_that_only_loses_something_is_a_warning() -> None:

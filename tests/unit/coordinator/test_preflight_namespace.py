@@ -7,8 +7,9 @@ from pathlib import Path
 
 from coordinator.facts import NamespaceFacts, WorkloadFacts
 from coordinator.fakes import healthy_facts
+from coordinator.move_facts import MoveFacts, service_ports
 from coordinator.plan import namespace_parent
-from coordinator.preflight import MoveFacts, move_findings
+from coordinator.preflight import move_findings
 from coordinator.protocol import MigrationPlan
 from coordinator.wire import decode, encode
 from tests.unit.coordinator.samples import ADDRESS, CIDR, RUNNING, configuration
@@ -38,7 +39,7 @@ def facts(folder: Path, own: NamespaceFacts = OWN, *, taken: str = "", bridge: b
         interfaces={"alpha": "eth0", "beta": "eth0"},
         hosts={"alpha": alpha, "beta": replace(beta, interfaces=(*beta.interfaces, *(["br0"] if bridge else [])))},
         workloads={
-            "alpha": replace(RUNNING, namespace=own, addresses={CIDR: "inner"}),
+            "alpha": replace(RUNNING, namespace=own, addresses={CIDR: ("inner",)}),
             "beta": WorkloadFacts(state="absent", namespace_taken=taken),
         },
         answers={ADDRESS: (MAC,)},
@@ -71,6 +72,12 @@ def test_another_that_answers_is_known_by_the_workload_s_mac(tmp_path: Path) -> 
 def test_the_parent_is_the_interface_that_stands_for_the_source_s() -> None:
     assert namespace_parent(OWN, "eth0", "ens3") == "br0"
     assert namespace_parent(replace(OWN, kind="macvlan", parent="eth0"), "eth0", "ens3") == "ens3"
+
+
+def test_a_host_s_firewall_is_not_asked_for_what_it_does_not_see(tmp_path: Path) -> None:
+    workload = configuration(tmp_path).workload("counter")
+    assert service_ports(workload, RUNNING)
+    assert service_ports(workload, replace(RUNNING, namespace=OWN)) == ()
 
 
 def test_both_ends_announce_the_workload_s_mac(tmp_path: Path) -> None:

@@ -285,7 +285,19 @@ def test_an_interrupt_is_130(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["sockets"], ["who"], ["announce"], ["gate"], ["leftovers"], ["hold"], ["sweep"], ["conntrack"]]
+    "command",
+    [
+        [],
+        ["sockets"],
+        ["who"],
+        ["announce"],
+        ["gate"],
+        ["leftovers"],
+        ["hold"],
+        ["sweep"],
+        ["conntrack"],
+        ["move"],
+    ],
 )
 def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert _run(*command, "--help") == 0

@@ -68,6 +68,8 @@ def test_flags_of_smaps() -> None:
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
+        ("x86_Thread_features:\tshstk wrss\n", True),
+        ("x86_Thread_features:\t\n", False),
         ("VmLck:\t       0 kB\nHugetlbPages:\t       0 kB\n", False),
         ("VmLck:\t      12 kB\nHugetlbPages:\t       0 kB\n", True),
         ("VmLck:\t       0 kB\nHugetlbPages:\t    2048 kB\n", True),

@@ -7,6 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.base import PAGE_BYTES, Backing, Changes, Mapping, PageRun, ProcessChanges
 from coordinator.agent.memory.pagemap_images import PRESENT, Entry
 from coordinator.agent.memory.shared import SharedMemory, SharedRuns
@@ -55,6 +56,9 @@ class Images:
         raise NotImplementedError
 
     async def remove(self) -> None:
+        raise NotImplementedError
+
+    def hold(self) -> ImageHold:
         raise NotImplementedError
 
     def sizes(self) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""Which pages of the frozen tasks CRIU need not see, because the agent itself brings them to the destination.
+
+A lazy dump leaves private anonymous memory out of its images, but not out of its work: it splices every page into a
+pipe, for somebody to fetch, while the tasks are frozen. With pre-copy nobody fetches them. So the agent tells CRIU,
+where it asks for the pages of such memory, that there are none (``scan_filter``, docs/decisions/0011-hidden-pages.md).
+
+A page that is hidden is in no image. Two rules keep it from being lost:
+
+- hidden is only what CRIU's restore registers with a userfaultfd, so that its absence is noticed (criu/pie/restorer.c,
+  vma_remap): exactly ``vma_entry_can_be_lazy`` of criu/include/vma.h;
+- ``check`` fails the move, before the commit, unless the last look at the frozen tasks answers for all that was hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from coordinator.agent.memory import base
+from coordinator.agent.memory.base import ProcessChanges
+from coordinator.agent.memory.mappings import read_mappings
+from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, spans_of, union
+from coordinator.agent.memory.tree import inner_pid
+from coordinator.agent.tasks import process_tree
+from coordinator.errors import TrackingFailed
+
+#: What things take in the freeze, in microseconds (measured: docs/decisions/0011-hidden-pages.md): CRIU to find a page
+#: and splice it; us to put CRIU under the filter, and to answer what it asks about a mapping.
+_PAGE_US, _FILTER_US, _MAPPING_US = 0.4, 6000, 30
+
+
+class HiddenPages:
+    """The hidden pages of a tree of processes. ``visible`` is asked by one thread, while the tasks are frozen; the
+    rest is for before and after.
+
+    ``refusal`` says why nothing could be hidden; the dump is then merely slower."""
+
+    def __init__(
+        self,
+        root_pid: int,
+        *,
+        processes: Callable[[int], Collection[int]] = process_tree,
+        mappings: Callable[[int], list[base.Mapping]] = read_mappings,
+    ) -> None:
+        self.refusal = ""
+        self._root_pid = root_pid
+        self._processes = processes
+        self._mappings = mappings
+        self._tasks: Collection[int] = ()
+        self._may_hide: dict[int, Spans] = {}
+        self._hidden: dict[int, Spans] = {}
+
+    @property
+    def root_image(self) -> str:
+        """Name of the image that has the page map of the root."""
+        return f"pagemap-{inner_pid(self._root_pid)}.img"
+
+    @property
+    def hidden(self) -> Mapping[int, Spans]:
+        """What has been hidden so far, by pid here: addresses, whether there are pages or not."""
+        return self._hidden
+
+    def visible(self, pid: int, start: int, end: int) -> Spans | None:
+        """What CRIU is to see of the addresses from ``start`` to ``end``; ``None``: all of it.
+
+        The first question about a process reads its mappings (some milliseconds for a thousand of them)."""
+        if pid not in self._may_hide:
+            self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
+            if pid not in self._tasks:
+                return None
+            self._may_hide[pid] = hideable(self._mappings(pid))
+        asked = [(start, end)]
+        hidden = intersection(asked, self._may_hide[pid])
+        if not hidden:
+            return None
+        self._hidden[pid] = union(self._hidden.get(pid, []), hidden)
+        return difference(asked, hidden)
+
+    def check(self, last: Iterable[ProcessChanges]) -> None:
+        """Raise ``TrackingFailed`` unless the last look at the frozen tasks answers for all that was hidden."""
+        answered = {each.pid: spans_of(mapping for mapping in each.changes.mappings if mapping.lazy) for each in last}
+        for pid, spans in self._hidden.items():
+            if missing := difference(spans, answered.get(pid, [])):
+                raise TrackingFailed(
+                    f"process {pid}: {count_pages(missing)} pages from address {missing[0][0]:#x} were kept out of the "
+                    "dump, and are not among those that were copied",
+                    "This is a defect of livemove; `--mode post-copy` moves without hiding pages from CRIU.",
+                )
+
+
+def hide(root_pid: int, known: Iterable[ProcessChanges]) -> HiddenPages | None:
+    """The hidden pages of a tree, given what was last seen of it, or ``None`` if it pays to let CRIU see them all."""
+    return HiddenPages(root_pid) if pays(known) else None
+
+
+def pays(known: Iterable[ProcessChanges]) -> bool:
+    """Whether CRIU would take longer for the pages than we for its questions about the mappings (pure)."""
+    changes = [each.changes for each in known]
+    pages, mappings = sum(each.known_pages for each in changes), sum(len(each.mappings) for each in changes)
+    return pages * _PAGE_US > _FILTER_US + mappings * _MAPPING_US
+
+
+def hideable(mappings: Iterable[base.Mapping]) -> Spans:
+    """The memory that CRIU's restore registers with a userfaultfd (pure).
+
+    A private mapping of /dev/zero is anonymous memory to the kernel, but has a file, and to CRIU is a file's
+    (criu/proc_parse.c, handle_vma)."""
+    return spans_of(each for each in mappings if each.lazy and each.inode == 0)

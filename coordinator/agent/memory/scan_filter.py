@@ -1,0 +1,214 @@
+"""Puts CRIU under a seccomp filter that hands its PAGEMAP_SCAN calls to us (seccomp_unotify(2)), and nothing else.
+
+A process under a filter can neither suspend other processes' filters nor read them (kernel/ptrace.c,
+check_ptrace_options; kernel/seccomp.c, seccomp_get_filter), and CRIU does both to every container that has one. So it
+gets ours when it has done that, and before it looks at a page: it is held in the moment in which it opens the page map
+image of the root, the first task it dumps (criu/cr-dump.c, cr_dump_tasks; criu/page-xfer.c, open_page_local_xfer), and
+makes the call by injection, as a task makes its userfaultfd.
+
+From then on who stands in such a call waits for our answer. Every other call goes on as ever: the kernel decides once a
+call number, and only of ioctl(2) the arguments are looked at. If we are gone, the kernel answers ENOSYS: CRIU's dump
+fails and the tasks are thawed, which is right, for without us nobody sends the pages that it was not to see. What fails
+before that leaves a dump that sees all pages, and takes longer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.held_open import HeldOpen
+from coordinator.agent.memory.hidden_pages import HiddenPages
+from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
+from coordinator.agent.memory.scan_answer import ScanAnswerer
+from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.memory.userfault import ioctl_number, take_out
+from coordinator.agent.tasks import process_tree
+from coordinator.errors import LivemoveError, TrackingFailed
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """AUDIT_ARCH_… (include/uapi/linux/audit.h) and the numbers of system calls."""
+
+    architecture: int
+    ioctl: int
+    mmap: int
+    munmap: int
+    seccomp: int
+
+
+_MACHINES = {"x86_64": _Numbers(0xC000003E, 16, 9, 11, 317), "aarch64": _Numbers(0xC00000B7, 29, 222, 215, 277)}
+
+#: Opcodes of include/uapi/linux/bpf_common.h, and of struct seccomp_data the offsets of number, architecture and the
+#: low half of the second argument (both machines are little-endian; the kernel takes an ioctl's request as 32 bits).
+_LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_NUMBER, _ARCHITECTURE, _REQUEST = 0, 4, 24
+_ALLOW, _USER_NOTIF = 0x7FFF0000, 0x7FC00000
+_INSTRUCTION = struct.Struct("=HBBI")
+_PROGRAM = struct.Struct("=HxxxxxxQ")  # struct sock_fprog
+
+#: include/uapi/linux/seccomp.h. With the last flag a signal does not interrupt a call that is being answered.
+_SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE_RECV = 1, 1 << 3, 1 << 5
+_NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif
+_RESPONSE = struct.Struct("=QqiI")  # struct seccomp_notif_resp
+_ID = struct.Struct("=Q")
+_RECEIVE = ioctl_number(3, ord("!"), 0, _NOTIFICATION.size)
+_SEND = ioctl_number(3, ord("!"), 1, _RESPONSE.size)
+_ID_VALID = ioctl_number(1, ord("!"), 2, _ID.size)
+_SET_FLAGS = ioctl_number(1, ord("!"), 4, 8)
+_CONTINUE, _SYNC_WAKE_UP = 1, 1
+
+
+def filter_program(machine: str) -> bytes:
+    """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …), allow the rest, as well as calls of other
+    ways into the kernel (32 bit). Knows the machines that trackers know (``registers``)."""
+    numbers = _MACHINES[machine]
+    return b"".join(
+        _INSTRUCTION.pack(*fields)
+        for fields in (
+            (_LOAD, 0, 0, _ARCHITECTURE),
+            (_JUMP_EQUAL, 0, 5, numbers.architecture),
+            (_LOAD, 0, 0, _NUMBER),
+            (_JUMP_EQUAL, 0, 3, numbers.ioctl),
+            (_LOAD, 0, 0, _REQUEST),
+            (_JUMP_EQUAL, 0, 1, PAGEMAP_SCAN),
+            (_RETURN, 0, 0, _USER_NOTIF),
+            (_RETURN, 0, 0, _ALLOW),
+        )
+    )
+
+
+def put_under_filter(pid: int, asked: Callable[[], None] = lambda: None) -> int:
+    """Put a process of one thread, and all it will start, under the filter; return the listener.
+
+    ``asked`` as for ``with_stopped_thread``. Raises ``TargetGone``, or ``TrackingFailed`` with the reason."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise TrackingFailed(f"process {pid} is gone") from None
+    try:
+        return with_stopped_thread(pid, lambda thread: _install(thread, process), asked=asked)
+    finally:
+        os.close(process)
+
+
+def _install(thread: StoppedThread, process: int) -> int:
+    """The program has to lie in the process's memory: in a page that is its own for the time of the call."""
+    machine = os.uname().machine
+    numbers = _MACHINES[machine]
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    page = _succeeded(thread, "mmap", thread.call(numbers.mmap, 0, PAGE_BYTES, protection, flags, -1, 0))
+    try:
+        program = filter_program(machine)
+        head = _PROGRAM.pack(len(program) // _INSTRUCTION.size, page + _PROGRAM.size)
+        memory = os.open(f"/proc/{thread.tid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(memory, head + program, page)
+        finally:
+            os.close(memory)
+        options = _NEW_LISTENER | _WAIT_KILLABLE_RECV
+        listener = thread.call(numbers.seccomp, _SET_MODE_FILTER, options, page)
+        return take_out(thread, process, _succeeded(thread, "seccomp", listener))
+    finally:
+        thread.call(numbers.munmap, page, PAGE_BYTES)
+
+
+def _succeeded(thread: StoppedThread, name: str, result: int) -> int:
+    if result < 0:
+        raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
+    return result
+
+
+class ScanFilter:
+    """The filter of one dump, and the thread that answers. It ends with the last process under the filter, or soon
+    after ``close``."""
+
+    def __init__(self, hidden: HiddenPages | None, images: Path) -> None:
+        """``images``: where CRIU will write them. With nothing that could be hidden nothing is done at all."""
+        self._hidden = hidden
+        self._images = images
+        self._open: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+
+    def arm(self, command: int) -> None:
+        """Wait, in a thread, for CRIU to come to its pages: a descendant of the process ``command``, or itself."""
+        if self._hidden is None:
+            return
+        try:
+            held = HeldOpen(self._images / self._hidden.root_image)
+        except OSError as error:
+            self._hidden.refusal = str(error)
+            return
+        self._open, until = socket.socketpair()
+        arguments = (self._hidden, held, command, until)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="scan-filter", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread without waiting for it; who would ask it later fails. Idempotent."""
+        if self._open is not None:
+            self._open.close()
+
+    def wait(self, deadline_s: float) -> bool:
+        """Wait until the thread has ended; ``False`` on the deadline."""
+        if self._thread is not None:
+            self._thread.join(deadline_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _run(self, hidden: HiddenPages, held: HeldOpen, command: int, until: socket.socket) -> None:
+        with until, closing(held):
+            criu = held.wait(until.fileno(), lambda pid: pid in process_tree(command))
+            if criu is None:
+                hidden.refusal = "CRIU did not come to the page map of the root"
+                return
+            try:
+                listener = put_under_filter(criu, held.let_in)
+            except (OSError, LivemoveError) as error:
+                hidden.refusal = str(error)
+                return
+            try:
+                with closing(ScanAnswerer(hidden)) as answerer:
+                    _answer_all(listener, until.fileno(), answerer)
+            finally:  # whatever ends this, nobody may wait for an answer any more
+                os.close(listener)
+
+
+def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
+    """Answer until nobody is left who could ask, or the descriptor ``until`` is readable."""
+    with suppress(OSError):  # Linux 6.6: who is answered goes on at once, on our processor
+        fcntl.ioctl(listener, _SET_FLAGS, _SYNC_WAKE_UP)
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    poller.register(until, select.POLLIN)
+    while poller.poll() == [(listener, select.POLLIN)]:
+        received = bytearray(_NOTIFICATION.size)
+        try:
+            fcntl.ioctl(listener, _RECEIVE, received)
+        except (FileNotFoundError, InterruptedError):  # who asked was killed meanwhile; or a signal came to us
+            continue
+        number, scanner, _, _, _, _, descriptor, _, address, _, _, _ = _NOTIFICATION.unpack(received)
+        answer = answerer.answer(scanner, descriptor, address, partial(_waits, listener, number))
+        response = (number, 0, 0, _CONTINUE) if answer is None else (number, answer, 0, 0)
+        with suppress(FileNotFoundError):  # killed meanwhile
+            fcntl.ioctl(listener, _SEND, _RESPONSE.pack(*response))
+
+
+def _waits(listener: int, number: int) -> bool:
+    """Whether the call is still being made (SECCOMP_IOCTL_NOTIF_ID_VALID)."""
+    try:
+        fcntl.ioctl(listener, _ID_VALID, _ID.pack(number))
+    except FileNotFoundError:
+        return False
+    return True

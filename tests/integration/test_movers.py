@@ -1,0 +1,281 @@
+"""Other ways for an address to move than on one segment, a segment that does not follow, and a firewall in the way."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from labs import config
+from labs.lab import Lab
+from labs.topology import INTERFACE
+from tests.integration.command import Livemove, Said, livemove, migrate
+from tests.integration.faults import held_criu
+from tests.integration.scene import Scene
+
+HOSTS = ("alpha", "beta")
+HOOK = "/usr/local/sbin/move-address"
+HOOKED, ROUTED = "192.0.2.213", "198.51.100.200"
+KEY, KNOWN_HOSTS = "/etc/livemove/router_key", "/etc/livemove/router_known_hosts"
+
+#: Tells the segment where the address is by a gratuitous ARP of its own, and keeps a diary.
+HOOK_SCRIPT = """\
+#!/usr/bin/python3
+import os, socket, sys
+action, role = os.environ["LIVEMOVE_ACTION"], os.environ["LIVEMOVE_ROLE"]
+with open("/run/move-address.diary", "a") as diary:
+    print(action, role, os.environ["LIVEMOVE_FROM"], os.environ["LIVEMOVE_TO"], file=diary)
+if os.path.exists("/run/move-address.fails"):
+    sys.exit("error: the cloud is out of order")
+if (action, role) in (("divert", "destination"), ("back", "source")):
+    own = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    own.bind((os.environ["LIVEMOVE_INTERFACE"], 0))
+    mac, address = own.getsockname()[4], socket.inet_aton(os.environ["LIVEMOVE_ADDRESS"])
+    arp = bytes.fromhex("0001080006040002") + mac + address + mac + address
+    for _ in range(3):
+        own.send((b"\\xff" * 6 + mac + bytes.fromhex("0806") + arp).ljust(60, b"\\0"))
+"""
+
+
+@contextmanager
+def installed_hook(lab: Lab) -> Iterator[None]:
+    for name in HOSTS:
+        lab.host(name).write_file(HOOK, HOOK_SCRIPT, 0o755)
+    try:
+        yield
+    finally:
+        for name in HOSTS:
+            lab.host(name).run(["sh", "-c", f"rm -f {HOOK} /run/move-address.*"])
+
+
+@pytest.fixture
+def hooked(lab: Lab) -> Iterator[Scene]:
+    workload = config.Workload(
+        "hooked", "process", (f"{HOOKED}/24",), pid_file="/run/hooked.pid", mover="hook", hook=HOOK
+    )
+    lab.add_workload(workload)
+    with installed_hook(lab):
+        scene = Scene.start(lab, "hooked")
+        try:
+            yield scene
+        finally:
+            scene.close()
+
+
+def warnings(said: Said) -> list[str]:
+    """What went other than planned; what a machine for tests lacks is found before."""
+    return [warning for warning in said.report["warnings"] if "CAP_SYS_RESOURCE" not in warning]
+
+
+def diary(lab: Lab, host: str) -> list[str]:
+    """What the hook was asked on a host since the last look."""
+    said = lab.host(host).run(["sh", "-c", "cat /run/move-address.diary; rm -f /run/move-address.diary"]).stdout
+    return said.splitlines()
+
+
+def test_a_hook_moves_the_address_there_and_back(lab: Lab, hooked: Scene) -> None:
+    for here, there in (HOSTS, HOSTS[::-1]):
+        hooked.begin_hop()
+        said = migrate(lab, "hooked", there)
+        assert said.status == 0, said.stderr
+        assert warnings(said) == []
+        hooked.unharmed(there)
+        assert diary(lab, here) == [f"{action} source {here} {there}" for action in ("divert", "released")]
+        assert diary(lab, there) == [f"{action} destination {here} {there}" for action in ("divert", "released")]
+
+
+def test_a_hook_takes_the_address_back_when_the_move_is_interrupted(lab: Lab, hooked: Scene) -> None:
+    hooked.begin_hop()
+    with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", "hooked", "--to", "beta", "--json") as move:
+        hold.reached(move)
+        move.signal(signal.SIGINT)
+        said = move.finish()
+    assert said.status == 130, said.stderr
+    hooked.unharmed("alpha")
+    assert diary(lab, "alpha") == [f"{action} source alpha beta" for action in ("divert", "back")]
+    assert diary(lab, "beta") == [f"{action} destination alpha beta" for action in ("divert", "back")]
+
+
+@pytest.mark.parametrize("failing", HOSTS)
+def test_a_hook_that_fails_is_a_roll_back(lab: Lab, hooked: Scene, failing: str) -> None:
+    """Where it fails on, it fails to go back too: that is left for a recovery, with the service running."""
+    hooked.begin_hop()
+    lab.host(failing).run(["touch", "/run/move-address.fails"])
+    said = migrate(lab, "hooked", "beta")
+    assert said.status == 4, said.stderr
+    assert "exit status 1: error: the cloud is out of order" in said.report["error"]["message"]
+    assert hooked.host == "alpha"
+    lab.host(failing).run(["rm", "/run/move-address.fails"])
+    recovered = livemove(lab, "recover", said.report["id"], "--json")
+    assert recovered.status == 0, recovered.stderr
+    hooked.unharmed("alpha")
+    assert diary(lab, failing)[-1].startswith("back ")
+
+
+def test_a_hook_that_is_missing_is_found_before(lab: Lab, hooked: Scene) -> None:
+    lab.host("beta").run(["rm", HOOK])
+    said = migrate(lab, "hooked", "beta")
+    assert said.status == 3
+    assert "HOOK_UNUSABLE" in said.stderr
+    assert f"{HOOK} is missing" in said.stderr
+    lab.host("beta").write_file(HOOK, HOOK_SCRIPT, 0o644)
+    assert f"{HOOK} is not executable" in livemove(lab, "doctor", "beta").stdout
+    hooked.unharmed("alpha")
+
+
+# ---- a router
+
+
+@contextmanager
+def router(lab: Lab) -> Iterator[None]:
+    """gamma forwards to the service, which clients reach through it; alpha and beta may log in there."""
+    gamma, clients = lab.host("gamma"), lab.machine("clients")
+    authorized = "/root/.ssh/authorized_keys"
+    with ExitStack() as undo:
+        for host in HOSTS:
+            undo.callback(lab.host(host).run, ["rm", "-rf", "/etc/livemove"])
+            lab.host(host).run(["mkdir", "-p", "/etc/livemove"])
+        lab.host("alpha").run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", KEY])
+        lab.host("beta").write_file(KEY, lab.host("alpha").read_file(KEY), 0o600)
+        for host in HOSTS:
+            lab.host(host).write_file(KNOWN_HOSTS, lab.paths.known_hosts.read_text())
+        before = gamma.read_file(authorized)
+        undo.callback(gamma.write_file, authorized, before, 0o600)
+        gamma.write_file(authorized, before + lab.host("alpha").read_file(f"{KEY}.pub"), 0o600)
+        # It is a router on a stick: it would tell the clients that there is a shorter way.
+        shell = (
+            f"cd /proc/sys/net/ipv4; for each in conf/all conf/{INTERFACE}; do echo {{}} >$each/send_redirects; done"
+        )
+        gamma.run(["sh", "-ec", f"{shell.format(0)}; echo 1 >ip_forward"])
+        undo.callback(gamma.run, ["sh", "-ec", f"{shell.format(1)}; echo 0 >ip_forward"])
+        gamma.run(["ip", "route", "add", f"{ROUTED}/32", "via", lab.host("alpha").address])
+        undo.callback(gamma.run, ["ip", "route", "del", f"{ROUTED}/32"])
+        clients.run(["ip", "route", "add", f"{ROUTED}/32", "via", gamma.address])
+        undo.callback(clients.run, ["ip", "route", "del", f"{ROUTED}/32"])
+        yield
+
+
+@pytest.fixture
+def routed(lab: Lab) -> Iterator[Scene]:
+    gamma = lab.host("gamma").address
+    workload = config.Workload(
+        "routed",
+        "process",
+        (f"{ROUTED}/32",),
+        pid_file="/run/routed.pid",
+        mover="route",
+        router=f"root@{gamma}",
+        router_key=KEY,
+        router_known_hosts=KNOWN_HOSTS,
+    )
+    lab.add_workload(workload)
+    with router(lab):
+        scene = Scene.start(lab, "routed")
+        try:
+            yield scene
+        finally:
+            scene.close()
+
+
+def next_hop(lab: Lab) -> str:
+    """Where the router sends the service's packets."""
+    return lab.host("gamma").run(["ip", "route", "show", f"{ROUTED}/32"]).stdout.split()[2]
+
+
+def test_a_route_is_changed_on_the_router_there_and_back(lab: Lab, routed: Scene) -> None:
+    for there in ("beta", "alpha"):
+        routed.begin_hop()
+        said = migrate(lab, "routed", there)
+        assert said.status == 0, said.stderr
+        assert warnings(said) == []
+        assert next_hop(lab) == lab.host(there).address
+        routed.unharmed(there)
+
+
+def test_the_route_goes_back_when_the_move_is_interrupted(lab: Lab, routed: Scene) -> None:
+    routed.begin_hop()
+    with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", "routed", "--to", "beta", "--json") as move:
+        hold.reached(move)
+        assert next_hop(lab) == lab.host("beta").address
+        move.signal(signal.SIGINT)
+        said = move.finish()
+    assert said.status == 130, said.stderr
+    assert next_hop(lab) == lab.host("alpha").address
+    routed.unharmed("alpha")
+
+
+def test_a_router_that_cannot_be_used_is_found_before(lab: Lab, routed: Scene) -> None:
+    gamma = lab.host("gamma")
+    gamma.run(["ip", "route", "replace", f"{ROUTED}/32", "via", lab.host("beta").address])
+    said = livemove(lab, "check", "routed", "--to", "beta")
+    assert said.status == 3
+    assert "ROUTE_NOT_TO_SOURCE" in said.stdout
+    gamma.run(["ip", "route", "replace", f"{ROUTED}/32", "via", lab.host("alpha").address])
+    lab.host("alpha").run(["rm", KEY])
+    said = livemove(lab, "check", "routed", "--to", "beta")
+    assert said.status == 3
+    assert "ROUTER_UNREACHABLE" in said.stdout
+    assert "Permission denied" in said.stdout
+    routed.unharmed("alpha")
+
+
+# ---- the segment, the firewall
+
+
+@pytest.fixture
+def echo(lab: Lab) -> Iterator[Scene]:
+    scene = Scene.start(lab, "echo")
+    try:
+        yield scene
+    finally:
+        scene.close()
+
+
+@contextmanager
+def deaf_switch(lab: Lab, address: str) -> Iterator[None]:
+    """A switch that lets no ARP of the address pass that comes from beta."""
+    enter = ["nsenter", f"--net={lab.paths.netns('segment')}", "nft"]
+    rule = f"iifname beta arp saddr ip {address} drop"
+    text = f"table bridge deaf {{\nchain c {{\ntype filter hook forward priority 0;\n{rule}\n}}\n}}\n"
+    subprocess.run([*enter, "-f", "-"], input=text, text=True, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*enter, "delete", "table", "bridge", "deaf"], check=True)
+
+
+def test_a_segment_that_does_not_follow_is_a_warning(lab: Lab, echo: Scene) -> None:
+    (address,) = echo.workload.listens_on
+    echo.begin_hop()
+    with deaf_switch(lab, address):
+        said = migrate(lab, "echo", "beta")
+    assert said.status == 0, said.stderr
+    (warning,) = warnings(said)
+    assert warning == (
+        f"the segment does not follow: {lab.machine('clients').address} did not acknowledge that {address} has moved, "
+        "and may still send to the old host"
+    )
+    netfix = [str(Path(sys.executable).with_name("netfix")), "announce", address, "--interface", INTERFACE]
+    subprocess.run(["nsenter", f"--net={lab.paths.netns('beta')}", *netfix], check=True, capture_output=True)
+    echo.unharmed("beta")
+
+
+def test_a_firewall_on_the_destination_is_found_before(lab: Lab, echo: Scene) -> None:
+    beta = lab.host("beta")
+    rules = "type filter hook input priority 0; policy drop;\niif lo accept\nct state established,related accept\n"
+    beta.run(["nft", "-f", "-"], input=f"table inet filter {{\nchain input {{\n{rules}tcp dport 22 accept\n}}\n}}\n")
+    try:
+        said = migrate(lab, "echo", "beta")
+        assert said.status == 3
+        assert "FIREWALL_DROPS" in said.stderr
+        assert f"inet filter input drops what comes to tcp {echo.workload.listens_on[0]} port 7000" in said.stderr
+        beta.run(["nft", "add rule inet filter input tcp dport 7000 accept"])
+        assert "FIREWALL_DROPS" not in livemove(lab, "check", "echo", "--to", "beta").stdout
+    finally:
+        beta.run(["nft", "delete table inet filter"])
+    echo.unharmed("alpha")
