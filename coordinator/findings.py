@@ -361,6 +361,8 @@ OBSTACLES: dict[str, str] = {
         "A process runs as another uid than root, which CRIU cannot dump here: root lacks CAP_SYS_RESOURCE."
     ),
     "IO_URING": "A process uses io_uring.",
+    "FILE_OUTSIDE": "A process has an open file of none of the mounts it sees, such as a log file of the host's.",
+    "SYSV_SHARED_WITH_HOST": "A process uses System V shared memory in the host's own IPC namespace.",
     "TERMINAL": "A plain process has a terminal of its host as standard stream.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
     "SOCKET_KTLS": "A connection has its TLS in the kernel, which CRIU cannot dump.",

@@ -52,7 +52,24 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                 hint="Give root on this host CAP_SYS_RESOURCE, or run the service as uid 0.",
             )
         )
+    if segment := _shared_sysv_segment(pid, proc):
+        found.append(
+            Obstacle(
+                code="SYSV_SHARED_WITH_HOST",
+                message=f"process {pid} has the System V segment {segment} in this host's own IPC namespace",
+                hint="Give the container an IPC namespace of its own: CRIU moves segments only with their namespace.",
+            )
+        )
+    mounts = _mount_ids(pid, proc)
     for descriptor, target in _descriptors(pid, proc):
+        if _is_outside(pid, descriptor, mounts, proc):
+            found.append(
+                Obstacle(
+                    code="FILE_OUTSIDE",
+                    message=f"process {pid} has {target}, which is in none of its mounts, as descriptor {descriptor}",
+                    hint="Let it open the file itself, inside the container, or start it with /dev/null.",
+                )
+            )
         if target == "anon_inode:[io_uring]":
             found.append(
                 Obstacle(
@@ -78,6 +95,39 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                 )
             )
     return found
+
+
+def _shared_sysv_segment(pid: int, proc: Path) -> str:
+    """A System V segment that the process has mapped, if its IPC namespace is also ours (criu/proc_parse.c: "doesn't
+    live in IPC ns")."""
+    try:
+        if (proc / str(pid) / "ns/ipc").readlink() != (proc / "self/ns/ipc").readlink():
+            return ""
+        lines = (proc / str(pid) / "maps").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split()[5] for line in lines if line.partition("/")[2].startswith("SYSV")), "")
+
+
+def _mount_ids(pid: int, proc: Path) -> frozenset[str]:
+    """The ids of the mounts that the process sees (proc(5), mountinfo)."""
+    try:
+        return frozenset(line.split()[0] for line in (proc / str(pid) / "mountinfo").read_text().splitlines())
+    except OSError:
+        return frozenset()
+
+
+def _is_outside(pid: int, descriptor: int, mounts: frozenset[str], proc: Path) -> bool:
+    """Whether an open file belongs to a mount that the process does not see: a file of the host's, handed into a
+    container (criu/files-reg.c: "Can't lookup mount"). A memfd is in no mount at all, and no hindrance."""
+    try:
+        file = proc / str(pid) / "fd" / str(descriptor)
+        if not mounts or not file.is_file() or str(file.readlink()).startswith("/memfd:"):
+            return False
+        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
+    except OSError:
+        return False  # it ended, or closed the descriptor, while we looked
+    return any(line.split()[1] not in mounts for line in lines if line.startswith("mnt_id:"))
 
 
 def _uid(pid: int, proc: Path) -> int | None:
