@@ -21,7 +21,7 @@ SERVICES = f"/{boot.SHARED}"
 ANSWER_TIMEOUT_S = 120.0
 
 # What a service says goes into a file of its own mounts: a stream of the host's could not be restored elsewhere.
-_SAY_IN_FILE = ["sh", "-c", 'exec "$@" >>"$0" 2>&1']
+SAY_IN_FILE = ["sh", "-c", 'exec "$@" >>"$0" 2>&1']
 
 
 def house(lab: Lab, service: Service) -> Workload:
@@ -41,7 +41,7 @@ def house(lab: Lab, service: Service) -> Workload:
         description = oci.config(
             name=service.name,
             hostname=service.name,
-            command=[*_SAY_IN_FILE, output(service), *(_filled(word, service) for word in service.command)],
+            command=[*SAY_IN_FILE, output(service), *(_filled(word, service) for word in service.command)],
             environment={name: _filled(value, service) for name, value in service.environment.items()},
             uid=uid,
             gid=gid,

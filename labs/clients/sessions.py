@@ -17,7 +17,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 PATIENCE_S = 15.0
 """A session that waited so long for one answer is lost."""
@@ -61,8 +63,20 @@ class Session(ABC):
 class Stream:
     """A TCP connection with the few verbs that text and binary protocols need."""
 
+    _open: ClassVar[list[Stream]] = []
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._open.append(self)
+
+    @classmethod
+    async def close_all(cls) -> None:
+        """Close every connection of the process."""
+        while cls._open:
+            stream = cls._open.pop()
+            stream._writer.close()
+            with suppress(OSError):
+                await stream._writer.wait_closed()
 
     @classmethod
     async def connect(cls, address: str, port: int, **options: int) -> Stream:
@@ -152,10 +166,12 @@ class _Watched:
         self.longest_hop_gap_s = max(self.longest_hop_gap_s, gap)
 
 
-class _Run:
+class Run:
     """All sessions, and the words from outside."""
 
-    def __init__(self, sessions: Sequence[Session]) -> None:
+    def __init__(self, sessions: Sequence[Session], say: Callable[[str, Seen], None]) -> None:
+        """`say` is told each word with the answer to it."""
+        self._say = say
         self._watched = [_Watched(session, number) for number, session in enumerate(sessions)]
         self._stopping = asyncio.Event()
         self._before_hop = Seen()
@@ -165,17 +181,18 @@ class _Run:
         async with asyncio.timeout(OPEN_TIMEOUT_S):
             await asyncio.gather(*(each.session.open() for each in self._watched))
         tasks = [asyncio.create_task(each.go_on(self._stopping)) for each in self._watched]
-        _say("ready", self.whole_run())
+        self._say("ready", self.whole_run())
         actions = {"begin": self.begin_hop, "end": self.end_hop, "snapshot": self.whole_run}
         while (word := (await words.readline()).decode().strip()) in actions:
-            _say(word, actions[word]())
+            self._say(word, actions[word]())
         if word != "stop":
             sys.exit(f"{word!r} is not one of {', '.join(actions)}, stop" if word else 0)
         self._stopping.set()
         await asyncio.gather(*tasks)
         for each in self._watched:
             await each.finish()
-        _say("stop", self.whole_run())
+        await Stream.close_all()
+        self._say("stop", self.whole_run())
 
     def whole_run(self) -> Seen:
         """Everything since the start."""
@@ -234,7 +251,7 @@ def main(sessions: Callable[[str, int, str], Sequence[Session]]) -> None:
 
     async def run() -> None:
         made = sessions(options.address, options.port, options.folder)
-        await _Run(made).obey(await _standard_input())
+        await Run(made, _say).obey(await _standard_input())
 
     try:
         asyncio.run(run())
