@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from labs import boot, oci, workloads
 from labs.catalogue.base import Service
@@ -17,6 +17,7 @@ from labs.machines import Host
 from labs.topology import HOSTS, PREFIX
 from labs.workloads import Workload
 
+Runtime = Literal["runc"]
 SERVICES = f"/{boot.SHARED}"
 ANSWER_TIMEOUT_S = 120.0
 
@@ -24,11 +25,11 @@ ANSWER_TIMEOUT_S = 120.0
 SAY_IN_FILE = ["sh", "-c", 'exec "$@" >>"$0" 2>&1']
 
 
-def house(lab: Lab, service: Service) -> Workload:
+def house(lab: Lab, service: Service, runtime: Runtime = "runc") -> Workload:
     """Make the service ready to be started on any host, with a new directory, and known to livemove."""
     workload = Workload(
         name=service.name,
-        runtime="runc",
+        runtime=runtime,
         addresses=(f"{service.address}/{PREFIX}",),
         container=service.name,
         bundle=f"/srv/{service.name}",
@@ -74,7 +75,7 @@ def start(lab: Lab, service: Service, workload: Workload, host: str) -> None:
 def memory_mb(host: Host, workload: Workload) -> float:
     """What the container's processes use in memory, shared pages counted once (PSS, proc(5))."""
     assert workload.container
-    pids = json.loads(host.run(["runc", "ps", "--format", "json", workload.container]).stdout)
+    pids = json.loads(host.run([workload.runtime, "ps", "--format", "json", workload.container]).stdout)
     rollups = host.run(["cat", *(f"/proc/{pid}/smaps_rollup" for pid in pids)], check=False).stdout
     return round(sum(map(int, re.findall(r"^Pss: +(\d+) kB", rollups, re.MULTILINE))) / 1024, 1)
 

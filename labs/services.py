@@ -11,7 +11,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import click
 from rich.console import Console
@@ -21,7 +21,7 @@ from labs import entry, limits, workloads
 from labs.catalogue import SERVICES
 from labs.catalogue.base import Service
 from labs.commands import LabError
-from labs.housing import ServiceClients, house, memory_mb, start
+from labs.housing import Runtime, ServiceClients, house, memory_mb, start
 from labs.lab import Lab, find
 from labs.lab_session import lab_for_a_while, only_one
 from labs.livemove import migrate
@@ -39,7 +39,7 @@ class Outcome:
     """What became of one service: the format of `--json`. Times are those of the worst hop."""
 
     name: str
-    runtime: str
+    runtime: Runtime
     needed: str
     memory_mb: float = 0.0
     connections: int = 0
@@ -69,7 +69,7 @@ class Tour:
         """Start the service with its clients, move it `hops` times, and hear what the clients found at the end."""
         with ExitStack() as undo:
             with self.steps.step(f"{service.name}: starts on {ROUTE[0]}, and its clients"):
-                workload = house(self.lab, service)
+                workload = house(self.lab, service, outcome.runtime)
                 if not self.keep:
                     undo.callback(workloads.stop, self.lab, workload)
                 start(self.lab, service, workload, ROUTE[0])
@@ -131,7 +131,9 @@ def table(outcomes: list[Outcome]) -> Table:
 @click.argument("names", metavar="[NAME]...", type=click.Choice(tuple(SERVICES)), nargs=-1)
 @click.option("--lab", "lab_name", default="services", show_default=True, help="Name of the lab.")
 @click.option("--hops", type=click.IntRange(1, 100), default=4, show_default=True, help="Moves, there and back.")
-@click.option("--runtime", type=click.Choice(("runc",)), default="runc", show_default=True, help="What runs them.")
+@click.option(
+    "--runtime", type=click.Choice(get_args(Runtime)), default="runc", show_default=True, help="What runs them."
+)
 @click.option("--keep", is_flag=True, help="Leave the lab up, with the services.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def cli(names: tuple[str, ...], **options: Any) -> None:
