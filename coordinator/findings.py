@@ -351,15 +351,12 @@ CHECKS: dict[str, Check] = {
     )
 }
 
-#: The obstacle that a self-test with another uid disproves.
-NEEDS_CAP_SYS_RESOURCE = "UID_NEEDS_CAP_SYS_RESOURCE"
+NEEDS_CAP_SYS_RESOURCE = "UID_NEEDS_CAP_SYS_RESOURCE"  # a self-test with another uid disproves it
 
 #: What the agent may find in a workload (``agent/obstacles.py``, which says what to do about each): code → meaning.
 OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
-    NEEDS_CAP_SYS_RESOURCE: (
-        "A process runs as another uid than root, which CRIU cannot dump here: root lacks CAP_SYS_RESOURCE."
-    ),
+    NEEDS_CAP_SYS_RESOURCE: "A process has another uid than root, which CRIU cannot dump here: no CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
     "FILE_OUTSIDE": "A process has an open file of none of the mounts it sees, such as a log file of the host's.",
     "SYSV_SHARED_WITH_HOST": "A process uses System V shared memory in the host's own IPC namespace.",
