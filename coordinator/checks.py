@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
         Check(
             "SYS_RESOURCE_MISSING",
             "warning",
-            "CAP_SYS_RESOURCE is missing: processes of another uid than root cannot be dumped or restored.",
+            "CAP_SYS_RESOURCE is missing, and the self-test could not dump a process of another uid than root.",
             "Give the host CAP_SYS_RESOURCE, or run the service as uid 0.",
         ),
         Check("CRIU_MISSING", "error", "No criu is installed.", "Install CRIU ≥ 4.2."),
@@ -329,10 +329,12 @@ CHECKS: dict[str, Check] = {
     )
 }
 
+NEEDS_CAP_SYS_RESOURCE = "UID_NEEDS_CAP_SYS_RESOURCE"  # a self-test with another uid disproves it
+
 #: What the agent may find in a workload (``agent/obstacles.py``, which says what to do about each): code → meaning.
 OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
-    "UID_NEEDS_CAP_SYS_RESOURCE": "A process runs as another uid than root, and root lacks CAP_SYS_RESOURCE.",
+    NEEDS_CAP_SYS_RESOURCE: "A process has another uid than root, which CRIU cannot dump here: no CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
     "TERMINAL": "A plain process, or the first one of a runc or crun container, has a terminal as standard stream.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
@@ -342,7 +344,8 @@ OBSTACLES: dict[str, str] = {
     "SOCKET_UNIX_OUTSIDE": "A unix socket is connected to a process outside the workload.",
     "SOCKET_ON_DEVICE": "A socket is bound to a device, which the destination needs too.",
     "SOCKET_MULTICAST": "A socket is bound to a multicast group, whose membership does not move.",
-    "FILE_OUTSIDE": "A process in a container has a file open that is outside it, a log of its host for instance.",
+    "FILE_OUTSIDE": "A process has an open file of none of the mounts it sees, such as a log file of the host's.",
+    "SYSV_SHARED_WITH_HOST": "A process uses System V shared memory in the host's own IPC namespace.",
     "USER_NAMESPACE": "The container has a user namespace, in which CRIU cannot restore TCP connections.",
     "HOST_DEVICES": "The container has devices of its host, a GPU for instance.",
     "IN_A_POD": "The container is in a pod: it shares namespaces with containers that stay.",

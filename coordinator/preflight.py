@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_interface
 
+from coordinator.checks import NEEDS_CAP_SYS_RESOURCE
 from coordinator.facts import (
     CONTAINER_RUNTIMES,
     CriuFacts,
@@ -44,7 +45,7 @@ def host_findings(
     """Whether a host can take part at all. ``runtimes`` are those of the workloads it may get; ``self_test`` may be
     ``None`` where it was not run."""
     found = [
-        *_host_base(host, facts),
+        *_host_base(host, facts, self_test),
         *_host_criu(host, facts, self_test),
         *_host_tracker(host, facts),
         *_host_runtimes(host, facts, frozenset(runtimes)),
@@ -55,18 +56,22 @@ def host_findings(
     return in_order(found)
 
 
-def _host_base(host: str, facts: HostFacts) -> Iterator[Finding]:
+def _host_base(host: str, facts: HostFacts, self_test: SelfTestResult | None) -> Iterator[Finding]:
     if numbers(facts.python) < _OLDEST_PYTHON:
         yield finding("PYTHON_TOO_OLD", host, f"python3 is {facts.python}; livemove's agent needs 3.11 or newer")
     if facts.euid != 0:
         yield finding("NOT_ROOT", host, f"the login has uid {facts.euid}, not 0")
     for capability in facts.missing_capabilities:
-        if capability.upper().removeprefix("CAP_") == "SYS_RESOURCE":
-            yield finding(
-                "SYS_RESOURCE_MISSING", host, "CAP_SYS_RESOURCE is missing: processes of another uid cannot be dumped"
-            )
+        if capability == "CAP_SYS_RESOURCE":
+            if not _dumps_any_uid(self_test):
+                message = "CAP_SYS_RESOURCE is missing: processes of another uid cannot be dumped"
+                yield finding("SYS_RESOURCE_MISSING", host, message)
         else:
             yield finding("CAPABILITY_MISSING", host, f"{capability} is missing")
+
+
+def _dumps_any_uid(self_test: SelfTestResult | None) -> bool:
+    return self_test is not None and self_test.any_uid
 
 
 def _host_criu(host: str, facts: HostFacts, self_test: SelfTestResult | None) -> Iterator[Finding]:
@@ -131,7 +136,11 @@ def move_findings(facts: MoveFacts) -> tuple[Finding, ...]:
     source, destination = facts.source, facts.destination
     if source is None:
         return in_order(found)
-    found += [from_obstacle(source, each) for each in facts.workloads[source].obstacles]
+    found += [
+        from_obstacle(source, each)
+        for each in facts.workloads[source].obstacles
+        if each.code != NEEDS_CAP_SYS_RESOURCE or not _dumps_any_uid(facts.self_tests.get(source))
+    ]
     found += _sockets(source, facts)
     if source == destination:
         found.append(finding("SAME_HOST", destination, f"{facts.workload.name} runs on {destination} already"))

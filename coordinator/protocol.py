@@ -163,9 +163,11 @@ class DescribeWorkload(Request[WorkloadFacts]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTestResult:
-    """``ok`` if a process with a TCP connection was dumped, restored, and its connection went on."""
+    """``ok`` if a process with a TCP connection was dumped, restored, and its connection went on; ``any_uid`` if that
+    was one of another uid than root."""
 
     ok: bool
+    any_uid: bool = False
     problem: str = ""
     dump_ms: float = 0.0
     restore_ms: float = 0.0

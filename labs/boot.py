@@ -33,6 +33,8 @@ TTY_GROUP = 5
 
 # On every host: a read-only root for containers, the lower directory of their overlays.
 IMAGE = "srv/image"
+# On every host the same directory, as if all had mounted it from a file server.
+SHARED = "srv/shared"
 INIT = ("/usr/bin/tini", "--", "/usr/sbin/sshd", "-D", "-E", "/var/log/sshd.log")
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -55,6 +57,7 @@ class HostSpec:
     root: str  # read-only lower directory
     scratch: str  # mount point of what the host writes
     seed: str  # files put on the host
+    shared: str  # storage that all hosts of the lab have
     netns: str
     group: str  # control group: the host's own; init/ is in it
     first_pid: int
@@ -112,6 +115,8 @@ def build_root(spec: HostSpec) -> Path:
     image.mkdir()
     for flags in (MS_BIND, MS_BIND | MS_REMOUNT | MS_RDONLY):
         _call("mount", spec.root, str(image), None, ctypes.c_ulong(flags), None)
+    (root / SHARED).mkdir()
+    _call("mount", spec.shared, str(root / SHARED), None, ctypes.c_ulong(MS_BIND), None)
     shutil.copytree(spec.seed, root, dirs_exist_ok=True, copy_function=shutil.copy)
     return root
 

@@ -21,6 +21,9 @@ livemove_check_machine() {
         livemove_fail "$(python3 --version) is too old; put Python 3.11 or newer first in PATH as python3"
 }
 
+# Bit 24 of capabilities(7). Without it labs/services needs a C compiler: see labs/limits.py.
+livemove_has_sys_resource() { ((16#$(sed -n 's/^CapEff:[[:space:]]*//p' /proc/self/status) >> 24 & 1)); }
+
 # Prints the Debian packages that are missing, one a line.
 livemove_missing_packages() {
     local pair
@@ -28,6 +31,7 @@ livemove_missing_packages() {
         ssh-keygen:openssh-client umount:mount nsenter:util-linux flock:util-linux; do
         command -v "${pair%%:*}" >/dev/null || echo "${pair##*:}"
     done | sort -u
+    livemove_has_sys_resource || command -v cc >/dev/null || echo gcc
     # Only needed to make the environment, and slow to ask about.
     [[ -x $LIVEMOVE_PYTHON ]] || python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
 }

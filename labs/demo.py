@@ -8,12 +8,9 @@ clients that check every byte. Exit status: 0 all well, 1 a move failed or a cli
 from __future__ import annotations
 
 import json
-import signal
-import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +21,8 @@ from rich.table import Table
 from labs import entry, workloads
 from labs.clients.control import Clients
 from labs.commands import LabError
-from labs.lab import Lab, down, find
+from labs.lab import Lab, find
+from labs.lab_session import lab_for_a_while, only_one
 from labs.livemove import migrate
 from labs.state import Paths
 from labs.steps import Steps
@@ -62,9 +60,7 @@ class Demo:
         """The whole story. What is set up is taken down again, whatever happens."""
         with ExitStack() as undo:
             undo.enter_context(only_one(self.lab))
-            undo.enter_context(self._lab_goes_down())
-            with self.steps.step("Lab up: hosts alpha, beta, gamma, the clients and the operator"):
-                lab = Lab.up(self.lab, progress=self.steps.note)
+            lab = undo.enter_context(lab_for_a_while(self.lab, self.steps, keep=self.keep))
             workload = workloads.Workload.of_lab(lab, SERVICE)
             with self.steps.step(f"Service {SERVICE!r} in a runc container on {ROUTE[0]}"):
                 workloads.stop(lab, workload)  # left there by a demo that was kept
@@ -95,39 +91,6 @@ class Demo:
             elif (found := workloads.where(lab, workload)) != [destination]:
                 outcome.problems.append(f"{what}: the service listens on {' and '.join(found) or 'no host'}")
             outcome.problems += harm(seen, what)
-
-    @contextmanager
-    def _lab_goes_down(self) -> Iterator[None]:
-        """Undo of the lab, even of one that is only half up. To be interrupted overrides `keep`."""
-        keep = self.keep
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
-            keep = False
-            raise
-        finally:
-            if not keep:
-                self._down()
-
-    def _down(self) -> None:
-        # A second Ctrl-C would leave behind what the first one asked to have taken away. This takes a second.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            with self.steps.step("Lab down"):
-                down(Paths(self.lab))
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def only_one(lab: str) -> Iterator[None]:
-    """Two demos in one lab would take each other's service away. The name is free again when we end, however."""
-    with socket.socket(socket.AF_UNIX) as name:
-        try:
-            name.bind(f"\0livemove-demo/{lab}")
-        except OSError:
-            raise LabError(f"a demo is running in the lab {lab!r}; wait for it, or give this one a --name") from None
-        yield
 
 
 def harm(seen: dict[str, Any], when: str) -> list[str]:

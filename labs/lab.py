@@ -46,6 +46,7 @@ class Lab:
             undo.callback(_remove, paths)
             progress("Network segment and keys")
             paths.directory.mkdir(mode=0o700)
+            paths.shared.mkdir()
             for station in STATIONS:
                 groups.make(name, station.name, is_host=station.is_host)
             with ThreadPoolExecutor() as both:

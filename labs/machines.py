@@ -158,6 +158,7 @@ def start_host(paths: Paths, station: Station, root: Path) -> HostRecord:
         root=str(root),
         scratch=str(paths.scratch(station.name)),
         seed=str(paths.seed(station.name)),
+        shared=str(paths.shared),
         netns=str(paths.netns(station.name)),
         group=str(group.parent),
         first_pid=station.first_pid,

@@ -5,21 +5,36 @@ What matters for a move is said where it is. The rest is what `runc spec` writes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
+CAPABILITY_SETS = ("bounding", "effective", "permitted")
 
 ROOT = "mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs}; }}"
 """Makes a container's root: the host's own, read-only; what is mounted in the host is not in it."""
 
+DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 
 
 def config(
-    *, name: str, hostname: str, command: list[str], environment: dict[str, str], netns: str = ""
+    *,
+    name: str,
+    hostname: str,
+    command: list[str],
+    environment: dict[str, str],
+    netns: str = "",
+    uid: int = 0,
+    gid: int = 0,
+    capabilities: Sequence[str] = CAPABILITIES,
+    data: str = "",
 ) -> dict[str, Any]:
-    """A read-only container without a terminal, in the host's own network or in the namespace of that name."""
+    """A read-only container without a terminal, in the host's own network or in the namespace of that name.
+
+    `data`: a directory of the host that the container can write to, at the same path.
+    """
     # Else no network namespace: the service's address is one of the host's, as livemove moves it.
     network = [{"type": "network", "path": f"/run/netns/{netns}"}] if netns else []
     variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
@@ -29,19 +44,22 @@ def config(
         "process": {
             # A terminal is a pty of this host, held by a process of this host: neither comes along.
             "terminal": False,
-            "user": {"uid": 0, "gid": 0},
+            "user": {"uid": uid, "gid": gid},
             "args": command,
             "env": [f"{key}={value}" for key, value in variables.items()],
             "cwd": "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
+            "capabilities": {kind: list(capabilities) for kind in CAPABILITY_SETS},
             "noNewPrivileges": True,
         },
         "root": {"path": "rootfs", "readonly": True},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             _tmpfs("/dev", "mode=755", "size=65536k", "strictatime", "nosuid"),
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS},
+            _tmpfs("/dev/shm", "mode=1777", "size=65536k", "nosuid", "nodev"),
             _tmpfs("/run", "mode=755", "size=16384k", "nosuid", "nodev"),
             _tmpfs("/tmp", "mode=1777", "size=65536k", "nosuid", "nodev"),
+            *([{"destination": data, "type": "bind", "source": data, "options": ["rbind", "rw"]}] if data else []),
         ],
         "linux": {
             "namespaces": [*({"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")), *network],
@@ -55,9 +73,8 @@ def config(
 
 
 def with_a_household(config: dict[str, Any], data: str) -> dict[str, Any]:
-    """The same container with what `labs.services.household` needs: terminals, a bind mount, and limits."""
-    options = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
-    terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": options}
+    """The same container with what `labs.programs.household` needs: terminals, a bind mount, and limits."""
+    terminals = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS}
     bound = {"destination": "/mnt", "type": "bind", "source": data, "options": ["bind", "rw"]}
     limits = [{"type": "RLIMIT_NOFILE", "soft": 900, "hard": 1000}]
     mounts = [*config["mounts"], terminals, bound]

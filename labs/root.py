@@ -36,6 +36,16 @@ PACKAGES = (
 EXTRAS: dict[str, tuple[str, ...]] = {
     "base": (),
     "runtimes": ("crun", "libcriu2", "podman"),
+    "services": (
+        "memcached",
+        "mosquitto",
+        "nginx",
+        "ngircd",
+        "nodejs",
+        "openjdk-25-jre-headless",
+        "postgresql",
+        "redis-server",
+    ),
 }
 """Sets of packages beside those of every lab. Each has a root of its own, built when the first lab asks for it:
 ``labs/lab up --packages NAME``, ``Lab.up(name, packages="NAME")``; in tests the fixture ``packaged_lab``."""
@@ -52,6 +62,8 @@ OPTIONS = (
     '--aptopt=Acquire::Languages "none"',
     "--dpkgopt=force-unsafe-io",
     *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED),
+    # OpenJDK's packages cannot be installed without a directory for their manual pages.
+    '--essential-hook=mkdir -p "$1"/usr/share/man/man1',
     # Every host gets keys of its own when it goes up.
     '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_*',
 )

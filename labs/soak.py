@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,10 +17,10 @@ from rich.console import Console
 from labs import entry, workloads
 from labs.clients.control import Clients
 from labs.commands import LabError
-from labs.demo import harm, only_one
-from labs.lab import Lab, down
+from labs.demo import harm
+from labs.lab import Lab
+from labs.lab_session import lab_for_a_while, only_one
 from labs.livemove import migrate
-from labs.state import Paths
 from labs.steps import Steps
 from labs.workloads import PORT, Workload
 
@@ -97,18 +96,6 @@ def memory_workload(lab: Lab, name: str, memory_mb: int, dirty_mb_s: float) -> W
     """A workload of the lab's configuration with memory of every kind."""
     known = Workload.of_lab(lab, name, memory_mb=memory_mb, dirty_mb_s=dirty_mb_s)
     return replace(known, program=PROGRAM)
-
-
-@contextmanager
-def lab_for_a_while(name: str, steps: Steps) -> Iterator[Lab]:
-    """A lab that goes down again, whatever happens."""
-    try:
-        with steps.step("Lab up"):
-            lab = Lab.up(name)
-        yield lab
-    finally:
-        with steps.step("Lab down"):
-            down(Paths(name))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -53,6 +53,11 @@ class Paths:
     def netns(self, machine: str) -> Path:
         return self.directory / "netns" / machine
 
+    @property
+    def shared(self) -> Path:
+        """Storage that every host has at the same place (`boot.SHARED`)."""
+        return self.directory / "shared"
+
     def scratch(self, host: str) -> Path:
         """Mount point, in the host's own mount namespace, of what the host writes."""
         return self.directory / "hosts" / host

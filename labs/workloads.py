@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 from labs import config, oci, podman
 from labs.commands import LabError
@@ -50,6 +51,7 @@ class Workload(config.Workload):
     memory_mb: int = 0
     dirty_mb_s: float = 0.0
     program: str = "pattern_server"
+    port: int = PORT
 
     @classmethod
     def of_lab(cls, lab: Lab, name: str, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Workload:
@@ -67,7 +69,7 @@ class Workload(config.Workload):
     @property
     def command(self) -> list[str]:
         """The service's command line, the same in a container and as a plain process."""
-        argv = ["python3", "-B", "-m", f"labs.services.{self.program}", "--port", str(PORT)]
+        argv = ["python3", "-B", "-m", f"labs.programs.{self.program}", "--port", str(self.port)]
         for address in self.listens_on:
             argv += ["--address", address]
         argv += ["--memory-mb", str(self.memory_mb), "--dirty-mb-s", f"{self.dirty_mb_s:g}"]
@@ -139,15 +141,17 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     file: after a move no file need be where it was."""
     inside = ["nsenter", f"--net=/run/netns/{workload.netns}"] if workload.netns else []
     # Without the namespace there is nothing that could listen in it.
-    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{PORT}"], check=not inside).stdout.splitlines()
-    local = {f"[{a}]:{PORT}" if ":" in a else f"{a}:{PORT}" for a in workload.listens_on}
+    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{workload.port}"], check=not inside).stdout.splitlines()
+    # A program may have an IPv4 address on an IPv6 socket, as the JVM does.
+    forms = {form for a in workload.listens_on for form in ((f"[{a}]",) if ":" in a else (a, f"[::ffff:{a}]"))}
+    local = {f"{form}:{workload.port}" for form in forms}
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
 
 
 def _install_code(machine: Host) -> None:
     """Size and time of the files are the same everywhere: a mapped or open file is compared by them."""
-    source = Path(__file__).parent / "services"
-    directory = f"{CODE}/labs/services"
+    source = Path(__file__).parent / "programs"
+    directory = f"{CODE}/labs/programs"
     machine.run(["mkdir", "-p", directory])
     for name in SERVICE_FILES:
         machine.write_file(f"{directory}/{name}", (source / name).read_text(), 0o644)
@@ -155,8 +159,7 @@ def _install_code(machine: Host) -> None:
 
 
 def _install_bundle(machine: Host, workload: Workload) -> None:
-    assert workload.bundle and workload.container
-    rootfs = f"{workload.bundle}/rootfs"
+    assert workload.container
     description = oci.config(
         hostname=workload.name,
         command=workload.command,
@@ -164,11 +167,17 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         name=workload.container,
         netns=workload.netns,
     )
-    machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
     if workload.program == "household":
         data = f"{workload.bundle}/data"
         _shell(machine, f"mkdir -p {data} && touch --date=@0 {data}/locked")
         description = oci.with_a_household(description, data)
+    put_bundle(machine, workload, description)
+
+
+def put_bundle(machine: Host, workload: Workload, description: dict[str, Any]) -> None:
+    """Put a container's bundle on a host. May be repeated. Undo: `uninstall`."""
+    rootfs = f"{workload.bundle}/rootfs"
+    _shell(machine, oci.ROOT.format(rootfs=rootfs))
     machine.write_file(f"{workload.bundle}/config.json", json.dumps(description, indent=2) + "\n", 0o644)
 
 
@@ -215,7 +224,7 @@ def _wait_until_listening(machine: Host, workload: Workload) -> None:
     while not listening_pids(machine, workload):
         if time.monotonic() > deadline or (workload.container and not _runs(machine, workload)):
             said = machine.run(["cat", f"/run/{workload.container}.log"], check=False).stdout
-            raise LabError(f"{machine.name}: {workload.name} does not listen on port {PORT}\n{said}".rstrip())
+            raise LabError(f"{machine.name}: {workload.name} does not listen on port {workload.port}\n{said}".rstrip())
         time.sleep(0.02)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 
 from coordinator.agent.tasks import PROC
@@ -16,7 +15,7 @@ def obstacles(
     """All obstacles of the process tree, each kind once, with the first process that has it."""
     found: dict[str, Obstacle] = {}
     for pid in pids:
-        for obstacle in _of_process(workload, pid, missing_capabilities, proc):
+        for obstacle in _of_process(pid, missing_capabilities, proc):
             found.setdefault(obstacle.code, obstacle)
     # The streams of a container's other processes are mostly its own. podman's monitor takes its streams along.
     for pid in {"process": pids, "podman": []}.get(workload.runtime, pids[:1]):
@@ -61,7 +60,7 @@ def socket_obstacles(findings: list[inventory.SocketFinding]) -> tuple[Obstacle,
     )
 
 
-def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> list[Obstacle]:
+def _of_process(pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> list[Obstacle]:
     found = []
     if "CAP_SYS_RESOURCE" in missing_capabilities and (uid := _uid(pid, proc)) not in (0, None):
         found.append(
@@ -71,7 +70,24 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                 hint="Give root on this host CAP_SYS_RESOURCE, or run the service as uid 0.",
             )
         )
+    if segment := _shared_sysv_segment(pid, proc):
+        found.append(
+            Obstacle(
+                code="SYSV_SHARED_WITH_HOST",
+                message=f"process {pid} has the System V segment {segment} in this host's own IPC namespace",
+                hint="Give the container an IPC namespace of its own: CRIU moves segments only with their namespace.",
+            )
+        )
+    mounts = _mount_ids(pid, proc)
     for descriptor, target in _descriptors(pid, proc):
+        if _is_outside(pid, descriptor, mounts, proc):
+            found.append(
+                Obstacle(
+                    code="FILE_OUTSIDE",
+                    message=f"process {pid} has {target}, which is in none of its mounts, as descriptor {descriptor}",
+                    hint="Let it open the file itself, inside the container, or start it with /dev/null.",
+                )
+            )
         if target == "anon_inode:[io_uring]":
             found.append(
                 Obstacle(
@@ -80,28 +96,7 @@ def _of_process(workload: WorkloadSpec, pid: int, missing_capabilities: tuple[st
                     hint="Refuse io_uring_setup with ENOSYS in the seccomp profile, or turn it off in the service.",
                 )
             )
-        if workload.runtime != "process" and target.startswith("/") and _is_outside(pid, descriptor, proc):
-            found.append(
-                Obstacle(
-                    code="FILE_OUTSIDE",
-                    message=f"process {pid} has {target} open, outside its container (descriptor {descriptor})",
-                    hint="Start it with its standard streams at /dev/null, or mount the file into the container.",
-                )
-            )
     return found
-
-
-def _is_outside(pid: int, descriptor: int, proc: Path) -> bool:
-    """Whether it is a regular file on a mount that the process does not see (proc(5), fdinfo and mountinfo)."""
-    try:
-        if not stat.S_ISREG((proc / str(pid) / "fd" / str(descriptor)).stat().st_mode):
-            return False
-        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
-        mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
-        mounts = (proc / str(pid) / "mountinfo").read_text().splitlines()
-    except (OSError, StopIteration):
-        return False
-    return mount not in {line.split(maxsplit=1)[0] for line in mounts}
 
 
 def _streams(pid: int, proc: Path) -> list[Obstacle]:
@@ -125,6 +120,39 @@ def _streams(pid: int, proc: Path) -> list[Obstacle]:
                 )
             )
     return found
+
+
+def _shared_sysv_segment(pid: int, proc: Path) -> str:
+    """A System V segment that the process has mapped, if its IPC namespace is also ours (criu/proc_parse.c: "doesn't
+    live in IPC ns")."""
+    try:
+        if (proc / str(pid) / "ns/ipc").readlink() != (proc / "self/ns/ipc").readlink():
+            return ""
+        lines = (proc / str(pid) / "maps").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split()[5] for line in lines if line.partition("/")[2].startswith("SYSV")), "")
+
+
+def _mount_ids(pid: int, proc: Path) -> frozenset[str]:
+    """The ids of the mounts that the process sees (proc(5), mountinfo)."""
+    try:
+        return frozenset(line.split()[0] for line in (proc / str(pid) / "mountinfo").read_text().splitlines())
+    except OSError:
+        return frozenset()
+
+
+def _is_outside(pid: int, descriptor: int, mounts: frozenset[str], proc: Path) -> bool:
+    """Whether an open file belongs to a mount that the process does not see: a file of the host's, handed into a
+    container (criu/files-reg.c: "Can't lookup mount"). A memfd is in no mount at all, and no hindrance."""
+    try:
+        file = proc / str(pid) / "fd" / str(descriptor)
+        if not mounts or not file.is_file() or str(file.readlink()).startswith("/memfd:"):
+            return False
+        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
+    except OSError:
+        return False  # it ended, or closed the descriptor, while we looked
+    return any(line.split()[1] not in mounts for line in lines if line.startswith("mnt_id:"))
 
 
 def _uid(pid: int, proc: Path) -> int | None:

@@ -25,10 +25,14 @@ from coordinator.protocol import SelfTestResult
 
 #: Counts the bytes it was sent, so that a restored copy proves that it is the same process with the same connection.
 _SERVER = """
-import socket, sys
+import os, socket, sys
 listener = socket.create_server(("127.0.0.1", 0))
 with open(sys.argv[1], "w") as file:
     file.write(str(listener.getsockname()[1]))
+uid = int(sys.argv[2])
+os.setgroups([])
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
 connection, _ = listener.accept()
 count = 0
 while data := connection.recv(100):
@@ -36,27 +40,34 @@ while data := connection.recv(100):
     connection.sendall(b"%d\\n" % count)
 """
 _TIMEOUT_S = 20.0
+_ROOT, _NOBODY = 0, 65534
 
 
 async def self_test() -> SelfTestResult:
     """Dump and restore a process with a connection; what went wrong is in ``problem``, nothing is left behind."""
     if shutil.which("criu") is None:
         return SelfTestResult(ok=False, problem="criu is not installed")
+    # Without CAP_SYS_RESOURCE CRIU can dump root's processes alone, unless something helps it: so that is tried.
+    tried = await _test_as(_NOBODY)
+    return tried if tried.ok else await _test_as(_ROOT)
+
+
+async def _test_as(uid: int) -> SelfTestResult:
     try:
         async with AsyncExitStack() as cleanup:
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="livemove-selftest-", dir="/run")))
-            return await asyncio.wait_for(_dump_and_restore(folder, cleanup), _TIMEOUT_S)
+            return await asyncio.wait_for(_dump_and_restore(folder, uid, cleanup), _TIMEOUT_S)
     except TimeoutError:
         return SelfTestResult(ok=False, problem=f"not finished after {_TIMEOUT_S:g} s")
     except (LivemoveError, OSError) as error:
         return SelfTestResult(ok=False, problem=str(error))
 
 
-async def _dump_and_restore(folder: Path, cleanup: AsyncExitStack) -> SelfTestResult:
+async def _dump_and_restore(folder: Path, uid: int, cleanup: AsyncExitStack) -> SelfTestResult:
     port_file = folder / "port"
     images = folder / "images"
     images.mkdir()
-    server = Command((sys.executable, "-I", "-S", "-c", _SERVER, str(port_file)), {})
+    server = Command((sys.executable, "-I", "-S", "-c", _SERVER, str(port_file), str(uid)), {})
     running = await start(server, Path(os.devnull))
     cleanup.enter_context(_killed(running.pid))
     connection = await _connect(port_file)
@@ -78,6 +89,7 @@ async def _dump_and_restore(folder: Path, cleanup: AsyncExitStack) -> SelfTestRe
     problem = await _answer(connection, b"after", b"11\n")
     return SelfTestResult(
         ok=problem is None,
+        any_uid=problem is None and uid != _ROOT,
         problem=problem or "",
         dump_ms=round((dumped - began) * 1000, 1),
         restore_ms=round((restored - dumped) * 1000, 1),

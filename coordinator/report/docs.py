@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coordinator.errors import EXIT_MEANINGS, LivemoveError
 from coordinator.checks import CHECKS, OBSTACLES
+from coordinator.errors import EXIT_MEANINGS, LivemoveError
 
 _MADE = "<!-- Made from {source} by `python -m coordinator.report.docs`: edit there, then run it. -->\n"
 

@@ -18,9 +18,10 @@ from labs.benchmarks.gap import GapBench
 from labs.benchmarks.measure import Row
 from labs.benchmarks.memory import MemoryBench
 from labs.benchmarks.plain import LIMIT_S
-from labs.benchmarks.session import Settings, kernel, load_average, only_one
+from labs.benchmarks.session import Settings, kernel, load_average
 from labs.benchmarks.tables import connections_table, gap_table, memory_tables
 from labs.commands import LabError
+from labs.lab_session import only_one
 from labs.steps import Steps
 
 FILE_COLUMNS = 160

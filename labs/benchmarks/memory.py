@@ -29,7 +29,7 @@ from labs.benchmarks.session import Meter, Service, Settings, fresh_lab, move, o
 from labs.clients.control import check_memory
 from labs.commands import LabError
 from labs.lab import Lab
-from labs.services.ballast import PAGE_BYTES
+from labs.programs.ballast import PAGE_BYTES
 
 LIVEMOVE, PLAIN = "livemove", "plain"
 BEFORE_S = 2.0

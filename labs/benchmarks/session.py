@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,18 +47,6 @@ def fresh_lab(settings: Settings) -> Iterator[Lab]:
         yield lab
     finally:
         _take_down(settings.lab)
-
-
-@contextmanager
-def only_one(lab: str) -> Iterator[None]:
-    """Two benchmarks in one lab would take each other's service away. The name is free again when we end, however."""
-    Paths(lab)  # says at once if that cannot be the name of a lab
-    with socket.socket(socket.AF_UNIX) as name:
-        try:
-            name.bind(f"\0livemove-bench/{lab}")
-        except OSError:
-            raise LabError(f"a benchmark runs in the lab {lab!r}; wait for it, or give this one a --name") from None
-        yield
 
 
 def _take_down(lab: str) -> None:

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from labs.clients.load import retransmissions_of, send_output
-from labs.services.pattern import ASK, ClientHalf
+from labs.programs.pattern import ASK, ClientHalf
 
 READ_BYTES = 65536
 CONNECT_TIMEOUT_S = 10.0

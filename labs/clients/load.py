@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from labs.services.pattern import ASK, HELLO, MEMORY, MEMORY_ANSWER, STREAM, ClientHalf
+from labs.programs.pattern import ASK, HELLO, MEMORY, MEMORY_ANSWER, STREAM, ClientHalf
 
 READ_BYTES = 65536
 CONNECT_TIMEOUT_S = 5.0

@@ -25,7 +25,7 @@ class ClientPuppet(ClientProcess):
     """The puppet in the clients machine."""
 
     def __init__(self, lab: Lab) -> None:
-        super().__init__(lab, "labs.services.puppet", ["--stdio"])
+        super().__init__(lab, "labs.programs.puppet", ["--stdio"])
 
     def do(self, command: dict[str, Any]) -> dict[str, Any]:
         """Have it do something; its answer."""

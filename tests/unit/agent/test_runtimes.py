@@ -11,8 +11,8 @@ import pytest
 from coordinator.agent.obstacles import obstacles
 from coordinator.agent.runtimes.oci import bundle_definition
 from coordinator.agent.runtimes.podman import digest_of, obstacles_of
-from coordinator.facts import RuntimeName, WorkloadSpec
 from coordinator.checks import OBSTACLES
+from coordinator.facts import RuntimeName, WorkloadSpec
 
 ABOUT: dict[str, Any] = {
     "Id": "4a5b",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from coordinator.checks import CHECKS, NEEDS_CAP_SYS_RESOURCE
 from coordinator.errors import HostUnreachable
 from coordinator.facts import (
     CriuFacts,
@@ -24,7 +25,6 @@ from coordinator.facts import (
     WorkloadSpec,
 )
 from coordinator.fakes import healthy_facts
-from coordinator.checks import CHECKS
 from coordinator.findings import finding, in_order
 from coordinator.move_facts import MoveFacts, service_ports
 from coordinator.preflight import host_findings, is_unicast_mac, move_findings, numbers, release
@@ -63,6 +63,8 @@ def interface(facts: HostFacts, **changes: Any) -> HostFacts:
         ({"missing_capabilities": ("CAP_SYS_ADMIN", "CAP_NET_ADMIN")}, GOOD, ["CAPABILITY_MISSING"] * 2),
         ({"missing_capabilities": ("CAP_SYS_PTRACE", "CAP_CHECKPOINT_RESTORE")}, GOOD, ["CAPABILITY_MISSING"] * 2),
         ({"missing_capabilities": ("CAP_SYS_RESOURCE",)}, GOOD, ["SYS_RESOURCE_MISSING"]),
+        ({"missing_capabilities": ("CAP_SYS_RESOURCE",)}, None, ["SYS_RESOURCE_MISSING"]),
+        ({"missing_capabilities": ("CAP_SYS_RESOURCE",)}, replace(GOOD, any_uid=True), []),
         ({"criu": None}, None, ["CRIU_MISSING"]),
         ({"criu": None}, BAD, ["CRIU_MISSING"]),
         ({"criu": replace(CRIU_42, problem="Failed to fill self vdso symtable")}, None, ["CRIU_BROKEN"]),
@@ -135,6 +137,8 @@ def with_sockets(*sockets: Any) -> dict[str, Any]:
     return with_workloads(replace(RUNNING, sockets=sockets))
 
 
+OTHER_UID = replace(RUNNING, obstacles=(Obstacle(code=NEEDS_CAP_SYS_RESOURCE, message="m", hint="h"),))
+ANY_UID = replace(GOOD, any_uid=True)
 TOO_BIG = replace(RUNNING, memory_bytes=4 << 30)
 SMALL_HOST_BYTES = (64 << 20) + (64 << 20)
 
@@ -154,6 +158,9 @@ SMALL_HOST_BYTES = (64 << 20) + (64 << 20)
         (with_workloads(WorkloadFacts(state="stopped")), ["WORKLOAD_NOT_RUNNING"]),
         ({"destination": "alpha"}, ["SAME_HOST"]),
         (with_workloads(beta=RUNNING), ["RUNS_ON_SEVERAL"]),
+        (with_workloads(OTHER_UID), [NEEDS_CAP_SYS_RESOURCE]),
+        (with_workloads(OTHER_UID) | {"self_tests": {"beta": ANY_UID}}, [NEEDS_CAP_SYS_RESOURCE]),
+        (with_workloads(OTHER_UID) | {"self_tests": {"alpha": ANY_UID}}, []),
         (with_workloads(replace(RUNNING, moving="20261120T0615-x")), ["WORKLOAD_BUSY"]),
         (with_workloads(beta=replace(ABSENT, moving="20261120T0615-x")), ["WORKLOAD_BUSY"]),
         ({"unreachable": {"delta": HostUnreachable("delta: no route")}}, ["HOST_NOT_ASKED"]),

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from labs.clients.load import Load, Seen, commands
-from labs.services.ballast import Ballast
-from labs.services.pattern import HELLO
-from labs.services.pattern_server import PatternServer, listen
+from labs.programs.ballast import Ballast
+from labs.programs.pattern import HELLO
+from labs.programs.pattern_server import PatternServer, listen
 
 LIMIT_S = 20.0
 LOCALHOST = "127.0.0.1"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from labs.services.ballast import PAGE_BYTES, Ballast
-from labs.services.pattern import (
+from labs.programs.ballast import PAGE_BYTES, Ballast
+from labs.programs.pattern import (
     ASK,
     HEADER,
     HELLO,

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 
-from labs.services.pattern_server import arguments, daemonize, detach_stdio, listen
+from labs.programs.pattern_server import arguments, daemonize, detach_stdio, listen
 
 DATAGRAM_BYTES = 2048
 CONNECT = b"c"

@@ -2,7 +2,7 @@
 
 Threads; a child that is spoken to over pipes; a child in a session of its own on a terminal that the first process
 holds; a grandchild; files in a tmpfs and on a bind mount, one of them deleted; a lock. Each counts, and `stock` says
-whether all still count from where they were. `python3 -m labs.services.household` takes the arguments of
+whether all still count from where they were. `python3 -m labs.programs.household` takes the arguments of
 `pattern_server`; stock is taken whenever the file `ask` on the bind mount appears, and put beside it.
 """
 
@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from labs.services.ballast import Ballast
-from labs.services.pattern_server import MEGABYTE, arguments, detach_stdio, serve
+from labs.programs.ballast import Ballast
+from labs.programs.pattern_server import MEGABYTE, arguments, detach_stdio, serve
 
 DATA, SCRATCH = Path("/mnt"), Path("/tmp")
 THREADS = 4

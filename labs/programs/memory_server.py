@@ -1,7 +1,7 @@
 """The pattern service with memory of every kind: private, shared, of files, forked, growing and shrinking.
 
 Says the same to its clients as `pattern_server.py`; only what it carries along is different. Runs as
-`python3 -m labs.services.memory_server`: the process that listens, two workers that share memory with it and have
+`python3 -m labs.programs.memory_server`: the process that listens, two workers that share memory with it and have
 copies of the rest, and, for a tenth of a second each, children that come and go.
 """
 
@@ -15,9 +15,9 @@ import struct
 import time
 from contextlib import suppress
 
-from labs.services import pattern_server
-from labs.services.ballast import PAGE_BYTES
-from labs.services.memory_regions import Changing, MemoryFile, Region, Serials, of_file, private, shared
+from labs.programs import pattern_server
+from labs.programs.ballast import PAGE_BYTES
+from labs.programs.memory_regions import Changing, MemoryFile, Region, Serials, of_file, private, shared
 
 WORKERS = 2
 WORKER_TURN_S = 0.01

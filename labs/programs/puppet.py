@@ -1,6 +1,6 @@
 """A program that does with sockets what it is told, and nothing by itself: so one socket can be put into any state.
 
-It runs on both ends. In the clients machine as `python3 -m labs.services.puppet --stdio` it takes one command a line
+It runs on both ends. In the clients machine as `python3 -m labs.programs.puppet --stdio` it takes one command a line
 on standard input and answers each with one JSON object a line, with the command as `event`. As a service (arguments of
 `pattern_server`) it takes the same commands from one connection at a time. A command is a JSON object: `do` is a method
 of `Puppet`, the rest its arguments. `tell` hands a command on to the puppet at the other end of a connection.
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from labs.services.pattern_server import arguments, daemonize, detach_stdio, listen
+from labs.programs.pattern_server import arguments, daemonize, detach_stdio, listen
 
 PATIENCE_S = 20.0
 PIECE_BYTES = 65536

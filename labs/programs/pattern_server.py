@@ -1,6 +1,6 @@
 """The lab's service: one process, one thread, one epoll; all it knows about its clients is in its memory.
 
-Runs on a host's own Python as `python3 -m labs.services.pattern_server`, in a container or, with
+Runs on a host's own Python as `python3 -m labs.programs.pattern_server`, in a container or, with
 `--daemon`, as a plain process. See `pattern.py` for what it says to its clients.
 """
 
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from labs.services.ballast import PAGE_BYTES, Ballast
-from labs.services.pattern import MEMORY, MEMORY_ANSWER, STREAM, ProtocolError, ServerHalf
+from labs.programs.ballast import PAGE_BYTES, Ballast
+from labs.programs.pattern import MEMORY, MEMORY_ANSWER, STREAM, ProtocolError, ServerHalf
 
 READ_BYTES = 65536
 OUTPUT_LIMIT_BYTES = 262144
