@@ -82,6 +82,19 @@ esac
 """
 
 
+#: Stands before ``tar`` in CRIU's PATH. CRIU has tar pack every tmpfs of a container, with --gzip (criu/filesystems.c,
+#: tmpfs_dump): a shell and a gzip more, in the freeze and on both hosts, for what is mostly a few empty directories.
+_TAR = """#!/bin/sh
+# Written by livemove for one migration: no compression of images that never leave memory.
+if [ "$2" = --gzip ]; then
+    action=$1
+    shift 2
+    set -- "$action" "$@"
+fi
+exec {tar} "$@"
+"""
+
+
 class Hook:
     """The action script of one CRIU run, its configuration file, and the locks it waits for."""
 
@@ -90,6 +103,8 @@ class Hook:
         lazy_dump = lazy and POST_DUMP in actions
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = folder / "criu.conf"
+        #: To stand first in CRIU's PATH.
+        self.programs = folder / "bin"
         self._folder = folder
         self._proceed = folder / "proceed"
         script = folder / "hook"
@@ -106,6 +121,11 @@ class Hook:
         script.write_text(_SCRIPT.format(actions="|".join(actions), **values, **quoted))
         script.chmod(0o700)
         self.config.write_text(_CONFIG.format(script=script, lazy=_LAZY if lazy else ""))
+        if (tar := shutil.which("tar")) is not None:
+            shim = self.programs / "tar"
+            self.programs.mkdir(mode=0o700)
+            shim.write_text(_TAR.format(tar=shlex.quote(tar)))
+            shim.chmod(0o700)
         # Read-write, so that neither side ever waits for the other to open its end (fifo(7), Linux).
         self._reached = os.open(reached, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._locks = {action: self._lock(action) for action in actions}
@@ -361,7 +381,8 @@ class HeldCriu:
         return CriuRestore(running, hook, self._work, journal, hold)
 
     async def _start(self, command: Command, hook: Hook, started: Started) -> Running:
-        held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config)})
+        path = f"{hook.programs}:{os.environ['PATH']}"
+        held = Command(command.argv, {**command.environment, "CRIU_CONFIG_FILE": str(hook.config), "PATH": path})
         starting = asyncio.ensure_future(start(held, self._work / "output"))
         try:
             running = await asyncio.shield(starting)

@@ -241,3 +241,21 @@ async def test_when_its_holder_is_killed_it_follows_the_journal(  # noqa: PLR091
     assert process.poll() is None
     holder.kill()
     assert await exit_status(process) == status
+
+
+def test_tar_as_criu_calls_it_packs_and_unpacks_without_compressing(hook: Hook, tmp_path: Path) -> None:
+    """The arguments are those of criu/filesystems.c, tmpfs_dump and tmpfs_restore."""
+    (tmp_path / "from/a b").mkdir(parents=True)
+    (tmp_path / "from/a b/file").write_text("content")
+    (tmp_path / "to").mkdir()
+    archive = tmp_path / "archive"
+    path = {**os.environ, "PATH": f"{hook.programs}:{os.environ['PATH']}"}
+    options = ("--no-unquote", "--no-wildcards")
+    with archive.open("wb") as image:
+        packing = ("tar", "--create", "--gzip", *options, "--sparse", "--directory", str(tmp_path / "from"), ".")
+        subprocess.run(packing, env=path, stdout=image, check=True)
+    assert not archive.read_bytes().startswith(b"\x1f\x8b")
+    with archive.open("rb") as image:
+        unpacking = ("tar", "--extract", "--gzip", *options, "--directory", str(tmp_path / "to"))
+        subprocess.run(unpacking, env=path, stdin=image, check=True)
+    assert (tmp_path / "to/a b/file").read_text() == "content"
