@@ -21,7 +21,7 @@ MIGRATION_FIELDS = {
     "id", "workload", "source", "destination", "outcome", "exit_code", "mode", "rounds", "phases", "freeze_ms",
     "total_ms", "bytes", "connections", "warnings", "error",
 }  # fmt: skip
-"""Of issue section 9: exactly these."""
+"""Exactly these: scripts read them."""
 
 
 @dataclass(frozen=True)
