@@ -66,5 +66,6 @@ class GapBench:
             "lost": seen["lost"],
             "wrong_bytes": seen["wrong_bytes"],
             "phases": result["phases"],
+            "warnings": result["warnings"],
             "troubles": troubles,
         }

@@ -65,7 +65,9 @@ def test_gap_there_and_back_with_nobody_sent_away(other_lab_name: str) -> None:
     assert [hop["source"] for hop in hops] == ["alpha", "beta"]
     for hop in hops:
         assert hop.keys() >= HOP
-        assert (hop["lost"], hop["wrong_bytes"], hop["refused"], hop["rst"], hop["icmp_unreachable"]) == (0, 0, 0, 0, 0)
+        # Not `rst`: a connection that opens or closes in the very moment of the divert gets one (docs/performance.md).
+        # That none goes into a live connection is what test_capture looks at.
+        assert (hop["lost"], hop["wrong_bytes"], hop["refused"], hop["icmp_unreachable"]) == (0, 0, 0, 0)
         assert hop["connects"] > 0
 
 

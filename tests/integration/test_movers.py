@@ -20,7 +20,7 @@ from tests.integration.scene import Scene
 
 HOSTS = ("alpha", "beta")
 HOOK = "/usr/local/sbin/move-address"
-HOOKED, ROUTED = "192.0.2.213", "198.51.100.200"
+HOOKED, ROUTED = "192.0.2.219", "198.51.100.200"
 KEY, KNOWN_HOSTS = "/etc/livemove/router_key", "/etc/livemove/router_known_hosts"
 
 #: Tells the segment where the address is by a gratuitous ARP of its own, and keeps a diary.

@@ -40,6 +40,7 @@ PURE_STANDARD = frozenset(
 PURE_OURS = frozenset(
     f"coordinator.{name}"
     for name in (
+        "checks",
         "config",
         "errors",
         "facts",

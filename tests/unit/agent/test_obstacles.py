@@ -55,9 +55,8 @@ def test_a_file_of_the_hosts_is_one(proc: Path) -> None:
 
 @pytest.mark.parametrize("target", ["/dev/null", "pipe:[77]", "/memfd:shared (deleted)"])
 def test_what_is_no_regular_file_of_a_mount_is_none(proc: Path, target: str) -> None:
-    (proc / "10/fd/2").unlink()
-    (proc / "10/fd/2").symlink_to(target)
-    (proc / "10/fdinfo/2").write_text("mnt_id:\t77\n")
+    (proc / "10/fd/7").symlink_to(target)
+    (proc / "10/fdinfo/7").write_text("mnt_id:\t77\n")
     assert codes(proc) == []
 
 
