@@ -114,7 +114,7 @@ signal.pause()
 #: Conditions in a shell that stands for CRIU. On the destination the first image is a link while images are missing.
 _OF_A_MOVE = '[ "${CRIU_CONFIG_FILE#/run/livemove/}" != "$CRIU_CONFIG_FILE" ]'
 _IMAGES_COMPLETE = (
-    "first=${CRIU_CONFIG_FILE%/work/*}/images/inventory.img; "
+    "first=${CRIU_CONFIG_FILE%/*/hook/*}/images/inventory.img; "
     'while [ -L "$first" ] && [ -e "$first" ]; do sleep 0.01; done'
 )
 
