@@ -27,7 +27,7 @@ async def send_images(
     Returns the bytes sent; ``progress`` is told of them."""
     sizes = images.sizes()
     small = {name: size for name, size in sizes.items() if size <= _SMALL_BYTES and name not in stored}
-    sent = 0
+    sent, total = 0, sum(sizes.values())
 
     async def send(name: str, start: int, length: int) -> None:
         nonlocal sent
@@ -35,12 +35,13 @@ async def send_images(
             chunk = images.read(name, offset, min(CHUNK_BYTES, start + length - offset))
             await link.send(ImageChunk(name=name, offset=offset), chunk)
             sent += len(chunk)
-            progress("images", sent, sum(sizes.values()))
+            progress("images", sent, total)
 
     for names in batches(small, CHUNK_BYTES):
         content = b"".join(images.read(name, 0, small[name]) for name in names)
         await link.send(SmallImages(names=tuple(names), sizes=tuple(small[name] for name in names)), content)
         sent += len(content)
+        progress("images", sent, total)
     for name in sorted(sizes.keys() - small.keys()):
         if name not in stored:
             await send(name, 0, sizes[name])
