@@ -243,8 +243,12 @@ class Filler:
         return any(pid == of and at <= first and first + count <= at + length for of, at, length in self._asked)
 
     def _copy(self, space: Space, start: int, slot: int, count: int) -> bool:
-        """Copy pages from consecutive slots; ``False`` if events are to be read first."""
-        at_once = count
+        """Copy pages from consecutive slots; ``False`` if events are to be read first.
+
+        A mapping can go away while the kernel copies: it looks for unread events only before (fs/userfaultfd.c,
+        userfaultfd_copy), and then finds no mapping, which is not yet the last word. Asked again it speaks of the
+        event, as nobody but us reads it. Only a page without a place and without an event has none."""
+        at_once, asked_again = count, False
         while count:
             done, problem = missing.copy(space.descriptor, start, self._content.address(slot), min(at_once, count))
             if not problem:
@@ -259,6 +263,9 @@ class Filler:
             elif problem == errno.ENOENT and not done and at_once > 1:
                 at_once = max(1, min(at_once, count) // 2)  # it reaches beyond a mapping
                 continue
+            elif problem == errno.ENOENT and not done and not asked_again:
+                asked_again = True
+                continue
             elif problem == errno.ENOENT and not done:  # nothing is registered there
                 print(f"page {start:#x} of process {space.pid} has no place", flush=True)  # noqa: T201 - its log
                 missing.wake(space.descriptor, start)
@@ -266,7 +273,7 @@ class Filler:
             elif not done:
                 raise OSError(problem, f"filling page {start:#x} of process {space.pid}: {os.strerror(problem)}")
             space.pieces.cut(start, start + done)
-            start, slot, count = start + done, slot + done, count - done
+            start, slot, count, asked_again = start + done, slot + done, count - done, False
         return True
 
 

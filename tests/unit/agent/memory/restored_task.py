@@ -64,8 +64,12 @@ def do(restore: socket.socket, word: str, numbers: list[int]) -> str:
         return str(libc.madvise(numbers[0], numbers[1] * P, mmap.MADV_DONTNEED))
     if word == "unmap":
         return str(libc.munmap(numbers[0], numbers[1] * P))
-    if word == "move":  # from, to, pages
-        return str(libc.mremap(numbers[0], numbers[2] * P, numbers[2] * P, 1 | 2, numbers[1]))
+    if word == "move":  # from, to, pages, and how often: there, and back, and there…
+        here, there, pages, times = numbers
+        for _ in range(times):
+            assert libc.mremap(here, pages * P, pages * P, 1 | 2, there) == there
+            here, there = there, here
+        return str(here)
     assert word == "fork"  # a child reads
     reading, writing = os.pipe()
     if not (child := os.fork()):

@@ -138,11 +138,24 @@ async def test_memory_that_is_given_back_stays_so(memory: StoredMemory, tmp_path
 async def test_memory_that_moves_takes_its_content_along(memory: StoredMemory, tmp_path: Path) -> None:
     memory.take(*pages(BASE, *[1 + number % 100 for number in range(900)]))
     async with restored(memory, tmp_path, (BASE, 900)) as made:
-        assert await made.do("move", BASE + 100 * P, FAR, 200) == str(FAR)
+        assert await made.do("move", BASE + 100 * P, FAR, 200, 1) == str(FAR)
         await made.do("finish")
         await memory.filled()
         assert await made.read(FAR, 200) == [1 + number % 100 for number in range(100, 300)]
         assert await made.read(BASE, 100) == [1 + number % 100 for number in range(100)]
+
+
+async def test_memory_that_moves_while_it_is_filled_in_loses_no_page(memory: StoredMemory, tmp_path: Path) -> None:
+    """Page by page, so that many a copy meets a mapping that goes away between its start and its end."""
+    values = [1 + number % 100 for number in range(3000)]
+    for number in reversed(range(len(values))):  # so that no two are neighbours in the store
+        memory.take(*pages(BASE + number * P, values[number]))
+    async with restored(memory, tmp_path, (BASE, len(values))) as made:
+        await made.do("finish")
+        assert await made.do("move", BASE, FAR, len(values), 400) == str(BASE)
+        await memory.filled()
+        assert await made.read(BASE, len(values)) == values
+        assert "no place" not in (tmp_path / "filler.output").read_text()
 
 
 async def test_a_child_has_what_its_parent_has(memory: StoredMemory, tmp_path: Path) -> None:
