@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.agent.memory.base import Tracker
+from coordinator.agent.memory.base import PAGE_BYTES, Tracker
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.tree import TreeTracker
@@ -143,6 +143,42 @@ def test_shared_memory_is_the_union_of_all_answers(target: Target) -> None:
             if told >= pages(start, 0, 5):
                 break
         assert told == pages(start, 0, 5)
+    os.close(inside)
+    os.close(outside)
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "a zombie", "nothing, as SIGCHLD is ignored"])
+def test_shared_memory_that_an_unseen_child_wrote_to_is_dirty(target: Target, leaves: str) -> None:
+    """A page that is read first comes in writable, so that the object's times do not tell of the write either."""
+    start = target.run("(a := area(8, SHARED | ANON))")
+    target.run("put(a, 1, 8)")
+    if leaves.endswith("ignored"):
+        target.run("str(signal.signal(signal.SIGCHLD, signal.SIG_IGN))")
+    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+        tree.collect()
+        tree.collect()
+        child = target.fork("ctypes.string_at(a + 5 * PAGE, 1); put(a + 5 * PAGE, 9); os._exit(0)")
+        if leaves == "nothing":
+            target.run(f"os.waitpid({child}, 0)[0]")
+        else:
+            until(lambda: not Path(f"/proc/{child}").exists() or state(child) == "Z")
+        target.children.remove(child)
+        assert start + 5 * PAGE_BYTES in within(tree.collect(last=True)[target.pid].changes.dirty, start, 8)
+
+
+def test_shared_memory_that_a_child_wrote_to_before_it_went_is_dirty(target: Target) -> None:
+    start = target.run("(a := area(8, SHARED | ANON))")
+    target.run("put(a, 1, 8)")
+    inside, outside = os.pipe()
+    child = target.fork(f"os.read(os.open('/proc/{os.getpid()}/fd/{inside}', 0), 1); put(a + 5 * PAGE, 9); os._exit(0)")
+    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+        tree.collect()
+        tree.collect()
+        os.write(outside, b"x")
+        target.run(f"os.waitpid({child}, 0)[0]")
+        target.children.remove(child)
+        assert start + 5 * PAGE_BYTES in within(tree.collect()[target.pid].changes.dirty, start, 8)
+        assert not within(tree.collect()[target.pid].changes.dirty, start, 8)
     os.close(inside)
     os.close(outside)
 

@@ -108,12 +108,13 @@ class Tracker(Protocol):
         """The tracked process, as numbered in our pid namespace."""
         ...
 
-    def collect(self, *, last: bool = False) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
         """First call: every page that holds something. Later calls: those that changed since the call before.
 
         Each change is in this answer or in the next one, never in none: a page is armed again in the instant it is
         read as changed, and its content is to be read after the answer. With the process frozen throughout, an
-        answer is exact. ``last``: it is frozen and will not be asked about again, so nothing is armed.
+        answer is exact. ``last``: it is frozen and is not asked again, so nothing is armed. ``others_wrote``:
+        a process that cannot be asked any more may have written to shared memory, all of which is dirty then.
 
         Raises ``TargetGone`` if the process ended, ``TrackingFailed`` if it can be tracked no longer."""
         ...

@@ -126,8 +126,8 @@ class SoftDirtyTracker:
     def close(self) -> None:
         """See ``Tracker``: there is nothing to remove."""
 
-    def collect(self, *, last: bool = False) -> Changes:
-        """See ``Tracker``."""
+    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
+        """See ``Tracker``. Shared memory is dirty in every answer, whoever wrote."""
         mappings = read_mappings(self._pid)
         if not mappings:
             raise TargetGone(f"process {self._pid} is gone")

@@ -15,7 +15,8 @@ Why no change is lost, for a page in a mapping that
   changed only by those who can, who are asked themselves.
 - *belongs to a userfaultfd of the target's own*: always dirty, and its marks are left alone.
 - *becomes one that CRIU leaves to its daemon* (munlock): dirty as a whole, for an asker may keep only such pages.
-- *is shared*: see ``shared_objects``. Every process that maps an object marks for itself: unite the answers of all.
+- *is shared*: see ``shared_objects``. Every process that maps an object marks for itself: unite the answers of all. Of
+  those that have gone, ``tree`` tells (``others_wrote``).
 
 The kernel's WP_UNPOPULATED feature has to be on for scanning, but private pages that are not there are never marked: so
 no page tables are filled for the large reservations of Go, Java or sanitizers. A page of a shared object that is there
@@ -75,8 +76,10 @@ class WriteProtectTracker:
             os.close(self._userfaultfd)
             self._userfaultfd = -1
 
-    def collect(self, *, last: bool = False) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
         """See ``Tracker``."""
+        if others_wrote:
+            self._objects = {}
         for _ in range(_REATTACHMENTS):
             try:
                 return self._collect(last)

@@ -19,11 +19,15 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.started = {100: 1}
+        self.zombies: set[int] = set()
         self.open: set[tuple[int, int]] = set()
         self.refused: set[int] = set()
+        self.reaped: dict[int, int | None] = {}
+        self.distrusted: list[bool] = []
         monkeypatch.setattr(tree, "start_time", self.started.get)
-        monkeypatch.setattr(tree, "process_tree", lambda _root: list(self.started))
+        monkeypatch.setattr(tree, "process_tree", lambda _root: [*self.started, *self.zombies])
         monkeypatch.setattr(tree, "inner_pid", lambda pid: pid - 99)
+        monkeypatch.setattr(tree, "reaped_faults", lambda pid: self.reaped.get(pid, 0))
         monkeypatch.setattr(tree, "scan_all", lambda _pid: ALL)
         monkeypatch.setattr(TreeTracker, "_shares_memory", lambda *_: False)
 
@@ -39,10 +43,11 @@ class FakeTracker:
         world.open.add(self.name)
         self.asked = False
 
-    def collect(self, *, last: bool = False) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
         if (self.pid, self.world.started.get(self.pid)) != self.name:
             raise TargetGone("gone")
         self.asked, first = True, not self.asked
+        self.world.distrusted.append(others_wrote)
         return ALL if first else NOTHING
 
     def close(self) -> None:
@@ -103,6 +108,26 @@ def test_one_that_cannot_be_tracked_later_is_named_and_tried_again(world: World)
     world.refused.clear()
     assert tracker.collect()[101].untracked is None
     assert not tracker.collect()[101].fresh
+
+
+def test_whoever_goes_may_have_written_to_shared_memory(world: World) -> None:
+    world.started[101] = 5
+    tracker = TreeTracker(100, world.make)
+
+    def distrusted() -> list[bool]:
+        world.distrusted.clear()
+        tracker.collect()
+        return list(world.distrusted)
+
+    assert distrusted() == [False, False]
+    del world.started[101]  # a member
+    assert [distrusted(), distrusted()] == [[True], [False]]
+    world.reaped[100] = 3  # somebody unseen
+    assert [distrusted(), distrusted()] == [[True], [False]]
+    world.zombies.add(102)
+    assert [distrusted(), distrusted()] == [[True], [False]]
+    world.reaped[100] = None  # nobody can tell
+    assert [distrusted(), distrusted()] == [[True], [True]]
 
 
 def test_a_root_that_is_another_process_is_gone(world: World) -> None:
