@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +103,13 @@ class Round:
     board: Board
     mode: str
     pause_s: float
+    look: Callable[[str], None]
+    """Called with the name of the host before the first hop, and of each that the game has come to."""
 
     def go(self, rounds: int, result: Result) -> None:
         """Go around so many times, or until a move has failed or a player is dropped."""
         names = [host.name for host in HOSTS]
+        self.look(names[0])
         for number in range(rounds * len(names)):
             source, destination = names[number % len(names)], names[(number + 1) % len(names)]
             self.board.doing(f"{result.engine} on {source}")
@@ -113,6 +117,7 @@ class Round:
             self.board.doing(f"{result.engine}: {source} → {destination}, {number + 1} of {rounds * len(names)}")
             if not self._hop(source, destination, result):
                 return
+            self.look(destination)
 
     def _hop(self, source: str, destination: str, result: Result) -> bool:
         self.players.begin_hop()

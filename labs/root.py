@@ -36,6 +36,7 @@ PACKAGES = (
 EXTRAS: dict[str, tuple[str, ...]] = {
     "base": (),
     "nexuiz": ("nexuiz-server",),
+    "nexuiz-client": ("nexuiz", "xvfb"),
     "runtimes": ("crun", "libcriu2", "podman"),
     "services": (
         "memcached",

@@ -6,10 +6,12 @@ and no snapshot lost, 1 a move failed or a player lost something, 2 usage, 130 i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from labs.game import Players, Result, Round
 from labs.housing import house, memory_mb, start
 from labs.lab import Lab, find
 from labs.lab_session import lab_for_a_while, only_one
+from labs.real_client import RealClient
 from labs.state import Paths
 from labs.steps import Steps
 from labs.topology import HOSTS
@@ -58,6 +61,27 @@ def how_to_join(lab: str, service: Service) -> str:
     )
 
 
+def photographer(
+    lab: Lab, steps: Steps, undo: ExitStack, result: Result, directory: Path | None
+) -> Callable[[str], None]:
+    """What takes a picture of a real client's screen, as `NUMBER-HOST.png`; without a directory, nothing."""
+    if directory is None:
+        return lambda host: None
+    if result.engine != NEXUIZ.name:
+        raise LabError("pictures are those of Nexuiz's client; unset XONOTIC_DIR")
+    directory.mkdir(parents=True, exist_ok=True)
+    with steps.step("A real client joins, under a virtual display"):
+        client = undo.enter_context(RealClient(lab, NEXUIZ, lab.paths.shared / NEXUIZ.name / "output"))
+    number = itertools.count()
+
+    def take(host: str) -> None:
+        client.picture(directory / f"{next(number)}-{host}.png")
+        if not client.plays:
+            result.problems.append(f"the real client is not in the game any more, on {host}")
+
+    return take
+
+
 def play(lab: Lab, steps: Steps, undo: ExitStack, result: Result, **options: Any) -> None:
     """Start the game on the first host and the players in it, and go around."""
     console: Console = options["console"]
@@ -75,9 +99,10 @@ def play(lab: Lab, steps: Steps, undo: ExitStack, result: Result, **options: Any
     steps.note(f"memory of the server: {memory_mb(lab.host(first), workload):.0f} MB")
     if options["watch"]:
         console.print(how_to_join(lab.name, service), highlight=False)
+    look = photographer(lab, steps, undo, result, options["picture"])
     with Board(console, players.look) as board:
         pause_s = WATCHED_PAUSE_S if options["watch"] else PAUSE_S
-        Round(lab, workload, players, board, options["mode"], pause_s).go(options["rounds"], result)
+        Round(lab, workload, players, board, options["mode"], pause_s, look).go(options["rounds"], result)
     seen = players.stop()["players"]
     result.count(seen)
     console.print(table(seen))
@@ -89,6 +114,11 @@ def play(lab: Lab, steps: Steps, undo: ExitStack, result: Result, **options: Any
 @click.option("--rounds", type=click.IntRange(1, 1000), default=1, show_default=True, help="Times around all hosts.")
 @click.option("--mode", type=click.Choice(MODES), default="auto", show_default=True, help="How memory is moved.")
 @click.option("--watch", is_flag=True, help="Say how to join with a real client, and take time between the hops.")
+@click.option(
+    "--picture",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Have a real client join, and put pictures of its screen there, one on each host.",
+)
 @click.option("--keep", is_flag=True, help="Leave the lab up, with the server.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def cli(name: str, players: int, **options: Any) -> None:
