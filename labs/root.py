@@ -35,6 +35,8 @@ PACKAGES = (
 )
 EXTRAS: dict[str, tuple[str, ...]] = {
     "base": (),
+    "nexuiz": ("nexuiz-server",),
+    "nexuiz-client": ("nexuiz", "xvfb"),
     "runtimes": ("crun", "libcriu2", "podman"),
     "services": (
         "memcached",
@@ -45,6 +47,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "openjdk-25-jre-headless",
         "postgresql",
         "redis-server",
+        "teeworlds-server",
     ),
 }
 """Sets of packages beside those of every lab. Each has a root of its own, built when the first lab asks for it:

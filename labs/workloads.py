@@ -141,7 +141,7 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     file: after a move no file need be where it was."""
     inside = ["nsenter", f"--net=/run/netns/{workload.netns}"] if workload.netns else []
     # Without the namespace there is nothing that could listen in it.
-    sockets = machine.run([*inside, "ss", "-Hltnp", f"sport = :{workload.port}"], check=not inside).stdout.splitlines()
+    sockets = machine.run([*inside, "ss", "-Hltunp", f"sport = :{workload.port}"], check=not inside).stdout.splitlines()
     # A program may have an IPv4 address on an IPv6 socket, as the JVM does.
     forms = {form for a in workload.listens_on for form in ((f"[{a}]",) if ":" in a else (a, f"[::ffff:{a}]"))}
     local = {f"{form}:{workload.port}" for form in forms}

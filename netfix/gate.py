@@ -8,11 +8,13 @@ state      `answering`  `passing`  where it is used
 =========  ===========  =========  ==========================================================================
 `OPEN`     yes          yes        normal life
 `SILENT`   no           yes        source, diverted: still running, finishes what it had received
-`CLOSED`   no           no         source, frozen and after; destination before it is announced
+`FREEZING` no           no, but    source, while its tasks are being frozen and after: UDP from the addresses leaves
+                        UDP out
+`CLOSED`   no           no         destination before it is announced
 `HOLDING`  yes          no         destination, diverted: the segment's packets come here and find no socket yet
 =========  ===========  =========  ==========================================================================
 
-With a third field, `queue`, what comes in goes into that NFQUEUE, for a `hold` to keep and let go: `holding(number)`
+With another field, `queue`, what comes in goes into that NFQUEUE, for a `hold` to keep and let go: `holding(number)`
 is HOLDING that keeps instead of dropping, `releasing(number)` lets packets out while what comes in still queues up.
 
 What that means packet by packet is in `gate_rules`.
@@ -43,7 +45,18 @@ from typing import NamedTuple, Protocol
 from . import nft
 from .address import parse_address
 from .errors import GateAlteredError, KernelLacksError, KernelRefusedError, UsageError, from_errno
-from .gate_rules import CHAINS, FAMILIES, QUEUE_MARK, SHUT_MARK, SILENT_MARK, Address, GateRule, Queue, ruleset
+from .gate_rules import (
+    CHAINS,
+    DATAGRAM_MARK,
+    FAMILIES,
+    QUEUE_MARK,
+    SHUT_MARK,
+    SILENT_MARK,
+    Address,
+    GateRule,
+    Queue,
+    ruleset,
+)
 from .hooks import Hooks
 from .netlink import NETLINK_NETFILTER, NetlinkSocket, Refusal
 
@@ -60,6 +73,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 class GateState:
     """`answering`: ARP and neighbour solicitations for the addresses; `passing`: packets to and from them.
 
+    `datagrams`: UDP from the addresses leaves all the same: a task that is not frozen yet cannot send it again.
     `queue`: the number of an NFQUEUE that inbound packets go to, whether `passing` or not; `passing` is then said of
     outbound ones alone. Where nobody has bound that queue the kernel drops them.
     """
@@ -67,13 +81,15 @@ class GateState:
     answering: bool
     passing: bool
     queue: int | None = None
+    datagrams: bool = False
 
 
 OPEN = GateState(answering=True, passing=True)
 SILENT = GateState(answering=False, passing=True)
+FREEZING = GateState(answering=False, passing=False, datagrams=True)
 CLOSED = GateState(answering=False, passing=False)
 HOLDING = GateState(answering=True, passing=False)
-STATES = {"open": OPEN, "silent": SILENT, "closed": CLOSED, "holding": HOLDING}
+STATES = {"open": OPEN, "silent": SILENT, "freezing": FREEZING, "closed": CLOSED, "holding": HOLDING}
 
 
 def holding(queue: int | None) -> GateState:
@@ -87,7 +103,7 @@ def releasing(queue: int | None) -> GateState:
 
 
 def state_name(state: GateState) -> str:
-    """`open`, `silent`, `closed`, `holding` or `releasing`."""
+    """`open`, `silent`, `freezing`, `closed`, `holding` or `releasing`."""
     if state.passing and state.queue is not None:
         return "releasing"
     return next(name for name, known in STATES.items() if known == replace(state, queue=None))
@@ -222,8 +238,8 @@ class NftGate:
 
     def _ruleset(self, state: GateState) -> list[GateRule]:
         queue = None if state.queue is None else Queue(state.queue, self._form)
-        values = {"answering": state.answering, "passing": state.passing, "alone": self._alone}
-        return ruleset(self._addresses, queue=queue, **values)
+        values = {"answering": state.answering, "passing": state.passing, "datagrams": state.datagrams}
+        return ruleset(self._addresses, queue=queue, alone=self._alone, **values)
 
     def _encode(self, state: GateState) -> bytes:
         """The transaction that makes `state` the state. What exists is kept, and all rules are replaced.
@@ -277,8 +293,8 @@ def _amounts_to(comments: Iterable[str]) -> tuple[GateState, tuple[str, ...]]:
     kinds = {kind for kind, *_ in words}
     addresses = dict.fromkeys(rest[0] for kind, *rest in words if kind in (SILENT_MARK, SHUT_MARK, QUEUE_MARK))
     queue = next((int(number) for kind, *rest in words if kind == QUEUE_MARK for number in rest[1:]), None)
-    state = GateState(answering=SILENT_MARK not in kinds, passing=SHUT_MARK not in kinds, queue=queue)
-    return state, tuple(addresses)
+    silent, shut, datagrams = (mark in kinds for mark in (SILENT_MARK, SHUT_MARK, DATAGRAM_MARK))
+    return GateState(answering=not silent, passing=not shut, queue=queue, datagrams=datagrams), tuple(addresses)
 
 
 async def find_gates() -> list[GateReport]:

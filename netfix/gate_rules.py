@@ -20,6 +20,10 @@ neighbour discovery message at all (types 133 to 137, RFC 4861: they carry the s
 address as its source; solicitations for the target are dropped on their way in. Other IPv6 packets tell nobody a
 link-layer address.
 
+Datagrams: UDP is the exception where the source freezes. What a task writes into a TCP connection behind a shut gate
+stays in its send queue, and is sent by the copy that goes on; a datagram would be lost. The kernel sends none by
+itself, neither later nor for a socket that dies, so only a task that still runs has any, and they may leave.
+
 Alone: where the gate's network namespace is the service's alone, its MAC moves with it, and every frame tells a switch
 where that is. One that does not answer therefore sends nothing at all, whatever its source: no segment of the service,
 which stays in its send queue, and none of the kernel's own reports (IPv6 group memberships, address detection).
@@ -53,6 +57,7 @@ FAMILIES = (nft.INET, nft.ARP)
 SILENT_MARK = "silent"
 SHUT_MARK = "shut"
 QUEUE_MARK = "queue"
+DATAGRAM_MARK = "datagrams"
 
 
 class GateRule(NamedTuple):
@@ -129,6 +134,12 @@ def _shut(address: Address) -> list[GateRule]:
     ]
 
 
+def _let_datagrams_out(address: Address) -> list[GateRule]:
+    """UDP from the address is let by, before the address is shut."""
+    let_by = [*_source_is(address), *nft.meta_is(Meta.NFT_META_L4PROTO, bytes([17])), *nft.verdict(nft.ACCEPT)]
+    return [GateRule(nft.INET, chain, let_by, f"{DATAGRAM_MARK} {address}") for chain in ("output", "postrouting")]
+
+
 def _refuse_inbound(address: Address, queue: Queue | None) -> GateRule:
     """Nothing to the address comes in; it is kept where there is a queue to keep it in."""
     if queue is None:
@@ -146,7 +157,13 @@ def _mute() -> list[GateRule]:
 
 
 def ruleset(
-    addresses: Sequence[Address], *, answering: bool, passing: bool, queue: Queue | None = None, alone: bool = False
+    addresses: Sequence[Address],
+    *,
+    answering: bool,
+    passing: bool,
+    datagrams: bool = False,
+    queue: Queue | None = None,
+    alone: bool = False,
 ) -> list[GateRule]:
     """All rules of a gate in that state, in their order."""
     found: list[GateRule] = _mute() if alone and not answering else []
@@ -161,6 +178,8 @@ def ruleset(
         ]
     if not passing or queue:
         found += [_refuse_inbound(address, queue) for address in addresses]
+    if datagrams:
+        found += [rule for address in addresses for rule in _let_datagrams_out(address)]
     if not passing:
         found += [rule for address in addresses for rule in _shut(address)]
     return found

@@ -45,7 +45,7 @@ from coordinator.errors import (
 from coordinator.facts import SocketFacts
 from coordinator.journal import Phase
 from coordinator.protocol import HalfResult, Outcome
-from netfix.gate import CLOSED, OPEN, SILENT
+from netfix.gate import FREEZING, OPEN, SILENT
 
 
 class SourceHalf(Half):
@@ -189,8 +189,9 @@ class SourceHalf(Half):
         """Close the gate, and let CRIU freeze the tasks behind it.
 
         The gate goes first because CRIU has no hook between its freeze and its dump (docs/decisions/0002): what the
-        service writes in the milliseconds between stays in its send queues and is dumped with them (I4)."""
-        await self.network.set_gate(CLOSED)
+        service writes in the milliseconds between stays in its send queues and is dumped with them (I4); its datagrams
+        leave."""
+        await self.network.set_gate(FREEZING)
         self._frozen_at = self.clock()
         self.part("gate closed")
         self.enter(Phase.FROZEN)

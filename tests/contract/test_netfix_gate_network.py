@@ -16,7 +16,7 @@ from scapy.packet import Packet
 from netfix import nft
 from netfix.announce import announcement_frames, probe_frames
 from netfix.frames import PacketFramePort, announce
-from netfix.gate import CLOSED, HOLDING, OPEN, SILENT, STATES, GateState, NftGate, find_gates, remove_gate
+from netfix.gate import CLOSED, FREEZING, HOLDING, OPEN, SILENT, STATES, GateState, NftGate, find_gates, remove_gate
 from netfix.netlink import NETLINK_NETFILTER, NetlinkSocket
 from tests.contract.netfix_segment import (
     HOST6,
@@ -177,7 +177,7 @@ async def test_what_the_kernel_announces_by_itself_leaves_only_while_answering(
 
 @EACH_FAMILY
 @pytest.mark.parametrize("unread", [True, False], ids=["reset", "fin"])
-@pytest.mark.parametrize("state", [OPEN, CLOSED, HOLDING], ids=["open", "closed", "holding"])
+@pytest.mark.parametrize("state", [OPEN, FREEZING, CLOSED, HOLDING], ids=["open", "freezing", "closed", "holding"])
 async def test_a_killed_service_dies_in_silence_behind_a_shut_gate(
     cable: Segment, gate: NftGate, address: str, state: GateState, unread: bool
 ) -> None:
@@ -213,6 +213,29 @@ async def test_nothing_reaches_a_socket_behind_a_closed_gate(cable: Segment, gat
             await cable.arrived()
             with pytest.raises(BlockingIOError):
                 service.recv(16, socket.MSG_DONTWAIT)
+
+
+@EACH_FAMILY
+@EACH_STATE
+async def test_datagrams_of_a_task_that_is_not_frozen_yet_leave(
+    cable: Segment, gate: NftGate, state: GateState, address: str
+) -> None:
+    """What a connection cannot send stays in its queue; a datagram that is dropped is nowhere any more."""
+    # The neighbours know each other, as those of a service that is moved do.
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    with listener:
+        port = listener.getsockname()[1]
+        client = await cable.peer.call(lambda: socket.create_connection((address, port), timeout=5))
+    service = await cable.host.call(lambda: socket.socket(_family(address), socket.SOCK_DGRAM))
+    with client, service:
+        service.bind((address, 0))
+        await gate.set(state)
+        try:
+            service.sendto(b"last words", (_peer_of(address), 9))
+        except PermissionError:
+            assert not (state.passing or state.datagrams)
+        left = [packet for packet in _from(await cable.arrived(), address) if UDP in packet]
+    assert len(left) == (state.passing or state.datagrams)
 
 
 async def test_a_silent_service_goes_on_answering_its_clients(cable: Segment, gate: NftGate) -> None:

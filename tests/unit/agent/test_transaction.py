@@ -62,7 +62,7 @@ def test_without_a_fault_the_workload_is_moved_in_the_order_of_the_design(tmp_pa
         "alpha: gate silent",
         "beta: gate holding",
         "beta: frames sent",
-        "alpha: gate closed",
+        "alpha: gate freezing",
         "alpha: the copy is frozen",
         "beta: the copy is held",
         "beta: gate releasing",

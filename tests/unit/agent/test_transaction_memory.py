@@ -95,7 +95,7 @@ def test_without_a_fault(tmp_path: Path, mode: Mode) -> None:
         "beta: hold opened",
         "alpha: gate silent",
         "beta: gate holding",
-        "alpha: gate closed",
+        "alpha: gate freezing",
         "alpha: the copy is frozen",
         "beta: the copy is held",
         "beta: gate releasing",

@@ -48,7 +48,7 @@ def test_both_ends_do_their_part_in_the_order_of_the_protocol(tmp_path: Path) ->
     assert verdict(stage) == "moved"
     verbs = {role: [v for v in process(stage, role).life.verbs if v.startswith("mover")] for role in ROLES}
     assert verbs == {role: ["mover diverts", "mover released"] for role in ROLES}
-    order = ["beta: gate holding", "beta: mover diverts", "alpha: mover diverts", "alpha: gate closed"]
+    order = ["beta: gate holding", "beta: mover diverts", "alpha: mover diverts", "alpha: gate freezing"]
     found = iter(stage.world.history)
     assert all(step in found for step in order)
 

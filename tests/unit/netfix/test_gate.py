@@ -10,6 +10,7 @@ from netfix.address import parse_address
 from netfix.errors import KernelRefusedError, UsageError
 from netfix.gate import (
     CLOSED,
+    FREEZING,
     HOLDING,
     OPEN,
     SILENT,
@@ -28,7 +29,8 @@ A, A6 = parse_address("192.0.2.10"), parse_address("2001:db8::10")
 
 def _shape(state: GateState, *addresses: Address) -> Counter[tuple[str, str, str]]:
     queue = None if state.queue is None else Queue(state.queue, nft.TARGET)
-    rules = ruleset(addresses, answering=state.answering, passing=state.passing, queue=queue)
+    shown = {"answering": state.answering, "passing": state.passing, "datagrams": state.datagrams}
+    rules = ruleset(addresses, queue=queue, **shown)
     return Counter((nft.FAMILY_NAMES[rule.family], rule.chain, rule.comment) for rule in rules)
 
 
@@ -58,6 +60,16 @@ def test_a_holding_gate_shuts_three_hooks_and_says_nothing_of_arp() -> None:
 
 def test_a_closed_gate_is_a_silent_one_and_a_holding_one() -> None:
     assert _shape(CLOSED, A, A6) == _shape(SILENT, A, A6) + _shape(HOLDING, A, A6)
+
+
+def test_a_freezing_gate_is_a_closed_one_that_lets_datagrams_out() -> None:
+    out = Counter(
+        {("inet", chain, f"datagrams {address}"): 1 for chain in ("output", "postrouting") for address in (A, A6)}
+    )
+    assert _shape(FREEZING, A, A6) == _shape(CLOSED, A, A6) + out
+    for chain in ("output", "postrouting"):
+        comments = [r.comment for r in ruleset([A], answering=False, passing=False, datagrams=True) if r.chain == chain]
+        assert [c for c in comments if c != "silent 192.0.2.10"] == ["datagrams 192.0.2.10", "shut 192.0.2.10"]
 
 
 def test_neighbour_discovery_is_silenced_before_it_is_let_by_and_let_by_before_the_address_is_shut() -> None:
@@ -98,7 +110,7 @@ def test_states_with_a_queue() -> None:
 
 def test_states_have_names() -> None:
     assert {name: state_name(state) for name, state in STATES.items()} == {name: name for name in STATES}
-    assert len(set(STATES.values())) == 4
+    assert len(set(STATES.values())) == 5
 
 
 def test_table_names() -> None:
