@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labs.benchmarks import locks
+from labs.benchmarks.freeze import freeze_parts
 from labs.benchmarks.measure import Row, longest_wait_ms
 from labs.benchmarks.plain import LIMIT_S, PlainMove, TookTooLong
 from labs.benchmarks.session import Service, Settings, fresh_lab, move, other, settle
@@ -81,7 +82,8 @@ class ConnectionsBench:
         destination = service.lab.host(other(source))
         if lock == LIVEMOVE:
             result = move(service, destination.name)
-            return {name: result[name] for name in ("mode", "freeze_ms", "total_ms", "phases")}
+            told = {name: result[name] for name in ("mode", "freeze_ms", "total_ms", "phases")}
+            return {**told, "freeze_parts": freeze_parts(service.lab, result)}
         with PlainMove(service, source, destination) as plain:
             done = plain.run(self.limit_s)
         times = {name: getattr(done, name) for name in ("dump_ms", "copy_ms", "restore_ms", "total_ms")}

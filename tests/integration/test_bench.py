@@ -73,6 +73,7 @@ def test_gap_there_and_back_with_nobody_sent_away(other_lab_name: str) -> None:
 def test_connections_under_each_lock(other_lab_name: str) -> None:
     cases = bench(other_lab_name, "connections", "--counts", "10")["cases"]
     assert [case["lock"] for case in cases] == ["livemove", "iptables", "nftables"]
+    assert {"CRIU dumps", "images sent"} < cases[0]["freeze_parts"]["source"].keys()
     for case in cases:
         assert case.keys() >= CASE
         assert (case["connections"], case["lost"], case["wrong_bytes"]) == (10, 0, 0)
