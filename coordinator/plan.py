@@ -24,6 +24,7 @@ _STAMP = "%Y%m%dT%H%M%S"
 _NAME_LIMIT = 24
 TOKEN_LIMIT = ID_LIMIT - len("20261120T061500--") - _NAME_LIMIT
 _MIB = 1024 * 1024
+_PER_SOCKET_BYTES = 8192
 
 
 def migration_id(workload: str, now: datetime, token: str) -> str:
@@ -41,9 +42,11 @@ def id_part(workload: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", workload)[:_NAME_LIMIT]
 
 
-def image_space_bytes(memory_bytes: int) -> int:
-    """Memory that the images of a workload of that size may take: page maps and sockets come on top of its pages."""
-    return memory_bytes + memory_bytes // 10 + 64 * _MIB
+def image_space_bytes(memory_bytes: int, sockets: int) -> int:
+    """Memory that the images of a workload of that size may take: page maps and sockets come on top of its pages.
+
+    CRIU writes a file for each connection (tcp-stream-*.img), which takes a page of a tmpfs however small it is."""
+    return memory_bytes + memory_bytes // 10 + sockets * _PER_SOCKET_BYTES + 64 * _MIB
 
 
 def make_plan(
@@ -88,7 +91,7 @@ def make_plan(
         source=_endpoint(source, source_mac),
         destination=_endpoint(destination, destination_mac),
         addresses=tuple(move(text) for text in workload.addresses),
-        image_space_bytes=image_space_bytes(workload_facts.memory_bytes),
+        image_space_bytes=image_space_bytes(workload_facts.memory_bytes, len(workload_facts.sockets)),
         expected_pids=workload_facts.pids,
         deadlines=policy.deadlines,
         memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),

@@ -233,7 +233,8 @@ def _pair(facts: MoveFacts, source: str, here: HostFacts, there: HostFacts) -> I
             f"{there.interface.name} has {there.interface.mtu}, {source}'s {here.interface.name} {here.interface.mtu}"
         )
         yield finding("MTU_DIFFERS", destination, message)
-    needed = image_space_bytes(facts.workloads[source].memory_bytes)
+    workload = facts.workloads[source]
+    needed = image_space_bytes(workload.memory_bytes, len(workload.sockets))
     for host, about in ((source, here), (destination, there)):
         if about.memory_available_bytes < needed:
             message = f"the images need {needed // _MIB} MiB, {about.memory_available_bytes // _MIB} MiB are available"

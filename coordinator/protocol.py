@@ -175,8 +175,10 @@ class SelfTestResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSelfTest(Request[SelfTestResult]):
-    """Dump and restore a small process with a TCP connection on this host's loopback."""
+    """Dump and restore a small process with a TCP connection on this host's loopback; a success that is no older than
+    ``max_age_s`` will do."""
 
+    max_age_s: float = 0.0
     reply: ClassVar[type] = SelfTestResult
 
 

@@ -19,9 +19,14 @@ from coordinator.errors import ProtocolError
 
 T = TypeVar("T")
 
+_PLAIN = (str, int, bool)
+"""What is the same in JSON."""
 
-def encode(value: Any) -> Any:
+
+def encode(value: Any) -> Any:  # noqa: PLR0911 - a case for each kind
     """Return ``value`` as data that ``json.dumps`` accepts."""
+    if type(value) in _PLAIN:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -45,7 +50,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _decode(kind: Any, data: Any, where: str) -> Any:
+def _decode(kind: Any, data: Any, where: str) -> Any:  # noqa: PLR0911 - likewise
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _decode_dataclass(kind, data, where)
@@ -57,9 +62,13 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         raise ProtocolError(f"{where}: {data!r} is none of {typing.get_args(kind)}")
     if origin is tuple and isinstance(data, list):
         item = typing.get_args(kind)[0]
+        if item in _PLAIN and all(type(value) is item for value in data):
+            return tuple(data)  # thousands of them come in one message
         return tuple(_decode(item, value, f"{where}[{n}]") for n, value in enumerate(data))
     if origin is dict and isinstance(data, dict):
         item = typing.get_args(kind)[1]
+        if item in _PLAIN and all(type(value) is item for value in data.values()):
+            return data
         return {str(key): _decode(item, value, f"{where}.{key}") for key, value in data.items()}
     return _decode_scalar(kind, data, where)
 
@@ -77,7 +86,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
             raise ProtocolError(f"{where}: {data!r} is no {kind.__name__}") from error
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
         return float(data)
-    if kind in (str, int, bool) and type(data) is kind:
+    if kind in _PLAIN and type(data) is kind:
         return data
     raise ProtocolError(f"{where}: {data!r} is not of type {getattr(kind, '__name__', kind)}")
 

@@ -1,4 +1,4 @@
-"""labs/soak: what has to hold for many moves in a row, not only for one.
+"""labs/soak: what has to hold for many moves in a row, there and back or round all hosts, on the same connections.
 
 Exit status: 0 all well, 1 a move failed or something was damaged, 2 usage, 130 interrupted.
 """
@@ -22,9 +22,11 @@ from labs.lab import Lab
 from labs.lab_session import lab_for_a_while, only_one
 from labs.livemove import migrate
 from labs.steps import Steps
+from labs.topology import HOSTS
 from labs.workloads import PORT, Workload
 
-ROUTE = ("alpha", "beta")
+CHAIN = tuple(host.name for host in HOSTS)
+THERE_AND_BACK = CHAIN[:2]
 CONNECTIONS = 4
 PROGRAM = "memory_server"
 SERVICES = ("counter", "echo")
@@ -54,19 +56,21 @@ class Soak:
     mode: str
     memory_mb: int
     dirty_mb_s: float
+    route: tuple[str, ...]
     steps: Steps
 
     def run(self, lab: Lab, outcome: Outcome) -> None:
-        """Move there and back, and look at every page after each move."""
+        """Move round the route, and look at every page after each move."""
         workload = memory_workload(lab, outcome.service, self.memory_mb, self.dirty_mb_s)
         workloads.stop(lab, workload)
         workloads.install(lab, workload)
-        workloads.start(lab, workload, ROUTE[0])
+        workloads.start(lab, workload, self.route[0])
         try:
             with Clients(lab, workload.listens_on[0], PORT, CONNECTIONS) as clients:
                 for hop in range(self.hops):
-                    with self.steps.step(f"{outcome.service}: move {hop + 1} of {self.hops}"):
-                        self._hop(lab, workload, clients, ROUTE[(hop + 1) % 2], outcome)
+                    to = self.route[(hop + 1) % len(self.route)]
+                    with self.steps.step(f"{outcome.service}: move {hop + 1} of {self.hops}, to {to}"):
+                        self._hop(lab, workload, clients, to, outcome)
                     if outcome.problems:
                         return
         finally:
@@ -112,6 +116,7 @@ def cli() -> None:
 @click.option(
     "--dirty-mb-s", type=float, default=4.0, show_default=True, help="Writes, in each process of the service."
 )
+@click.option("--chain", is_flag=True, help=f"Round all hosts ({', '.join(CHAIN)}), not there and back.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def memory(**options: Any) -> None:
     """Move a service with memory of every kind under writes, and look at every page after each move."""
@@ -123,7 +128,8 @@ def memory(**options: Any) -> None:
         with ExitStack() as undo:
             undo.enter_context(only_one(options["name"]))
             lab = undo.enter_context(lab_for_a_while(options["name"], steps))
-            soak = Soak(options["hops"], options["mode"], options["memory_mb"], options["dirty_mb_s"], steps)
+            route = CHAIN if options["chain"] else THERE_AND_BACK
+            soak = Soak(options["hops"], options["mode"], options["memory_mb"], options["dirty_mb_s"], route, steps)
             for outcome in outcomes:
                 soak.run(lab, outcome)
     except LabError as error:

@@ -15,7 +15,8 @@ state      `answering`  `passing`  where it is used
 =========  ===========  =========  ==========================================================================
 
 With another field, `queue`, what comes in goes into that NFQUEUE, for a `hold` to keep and let go: `holding(number)`
-is HOLDING that keeps instead of dropping, `releasing(number)` lets packets out while what comes in still queues up.
+is HOLDING that keeps instead of dropping, `releasing(number)` lets packets out while what comes in still queues up
+(but no RST for a segment that nobody knows, see `gate_rules`).
 
 What that means packet by packet is in `gate_rules`.
 
@@ -207,7 +208,8 @@ class NftGate:
         self._netlink = NetlinkSocket(NETLINK_NETFILTER, f"gate {self._table}")
         with _kernel_errors(f"gate {self._table}"):
             self._form = nft.queue_form(self._netlink)
-        for state in (*STATES.values(), holding(0) if self._form != nft.NO_QUEUE else OPEN):
+        queued = (holding(0), releasing(0)) if self._form != nft.NO_QUEUE else ()
+        for state in (*STATES.values(), *queued):
             self._encode(state)
 
     async def set(self, state: GateState) -> None:

@@ -28,6 +28,12 @@ Alone: where the gate's network namespace is the service's alone, its MAC moves 
 where that is. One that does not answer therefore sends nothing at all, whatever its source: no segment of the service,
 which stays in its send queue, and none of the kernel's own reports (IPv6 group memberships, address detection).
 
+Releasing (passing, with a queue): everything goes out but one thing. To a segment that is let go and for which there is
+no socket, the kernel answers with a RST; but it belongs to a connection that ended on the source, and whose peer sent
+its last acknowledgement when its packets were diverted already. A RST that answers a segment with an acknowledgement
+has no ACK flag itself (RFC 9293 section 3.10.7.1), while that of a socket, and the refusal of a new connection, have
+one: it alone is dropped.
+
 Neighbour discovery depends on `answering` alone: a holding destination answers although nothing else passes.
 """
 
@@ -58,6 +64,7 @@ SILENT_MARK = "silent"
 SHUT_MARK = "shut"
 QUEUE_MARK = "queue"
 DATAGRAM_MARK = "datagrams"
+UNKNOWN_MARK = "unknown"
 
 
 class GateRule(NamedTuple):
@@ -82,6 +89,7 @@ _ICMPV6 = [*_IPV6, *nft.meta_is(Meta.NFT_META_L4PROTO, bytes([58]))]
 _NEIGHBOUR_DISCOVERY = [*_ICMPV6, *nft.transport_between(0, bytes([133]), bytes([137]))]
 _SOLICITATION, _ADVERTISEMENT = bytes([135]), bytes([136])
 _ND_TARGET_OFFSET = 8
+_TCP, _TCP_FLAGS, _RST = 6, 13, 0x04
 _ARP_OF_IPV4 = nft.network_is(2, b"\x08\x00\x06\x04")
 """Protocol type IPv4, hardware addresses of 6 bytes, protocol addresses of 4 (RFC 826)."""
 _ARP_OPERATION, _ARP_SENDER, _ARP_TARGET = 6, 14, 24
@@ -149,6 +157,14 @@ def _refuse_inbound(address: Address, queue: Queue | None) -> GateRule:
     return GateRule(nft.INET, "prerouting", [*_destination_is(address), *ending], comment)
 
 
+def _unknown(address: Address) -> GateRule:
+    """No RST for a segment that nobody here knows."""
+    family = _IPV4 if address.version == 4 else _IPV6
+    reset = [*family, *nft.meta_is(Meta.NFT_META_L4PROTO, bytes([_TCP])), *nft.transport_is(_TCP_FLAGS, bytes([_RST]))]
+    comment = f"{UNKNOWN_MARK} {address}"
+    return GateRule(nft.INET, "output", [*_source_is(address), *reset, *nft.verdict(nft.DROP)], comment)
+
+
 def _mute() -> list[GateRule]:
     """Nothing at all leaves but over loopback."""
     drop = nft.verdict(nft.DROP)
@@ -180,6 +196,8 @@ def ruleset(
         found += [_refuse_inbound(address, queue) for address in addresses]
     if datagrams:
         found += [rule for address in addresses for rule in _let_datagrams_out(address)]
+    if passing and queue:
+        found += [_unknown(address) for address in addresses]
     if not passing:
         found += [rule for address in addresses for rule in _shut(address)]
     return found

@@ -36,16 +36,18 @@ as far as its receive buffers tell (`udp_room`): a burst of what a freeze of 200
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
 from . import nft
+from .conntrack_entry import Flow
 from .errors import KernelLacksError, from_errno
 from .hold_buffer import HeldPacket, HoldBuffer, HoldLimits, Room
 from .netlink import NETLINK_NETFILTER, NetlinkSocket, Refusal
 from .nfqueue import ACCEPT, DROP, PacketQueue
+from .segments import acknowledgements
 from .udp_room import UdpRooms
 
 PATIENCE_S = 0.25
@@ -99,6 +101,10 @@ class Hold(Protocol):
 
     def report(self) -> HoldReport:
         """The counts up to now."""
+
+    def kept(self, flows: Collection[Flow]) -> list[bytes]:
+        """What those of the TCP segments held that go the way of one of the flows say besides their data, oldest first
+        (`segments.acknowledgements`). They stay in the hold."""
 
     async def release(self, open_gate: OpenGate) -> HoldReport:
         """Let go of everything in order, call `open_gate` once, let go of what came until then.
@@ -185,6 +191,9 @@ class NfqueueHold:
             dropped = self._queue.counters().dropped + self._vanished
             self._counts = replace(self._counts, kernel_dropped=dropped)
         return replace(self._counts, **self._buffer.counts())
+
+    def kept(self, flows: Collection[Flow]) -> list[bytes]:
+        return acknowledgements(self._buffer.heads(), flows)
 
     async def release(self, open_gate: OpenGate) -> HoldReport:
         try:
@@ -337,6 +346,9 @@ class FakeHold:
 
     def report(self) -> HoldReport:
         return replace(self._counts, **self._buffer.counts())
+
+    def kept(self, flows: Collection[Flow]) -> list[bytes]:
+        return acknowledgements(self._buffer.heads(), flows)
 
     async def release(self, open_gate: OpenGate) -> HoldReport:
         self._call("release")

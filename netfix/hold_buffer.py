@@ -25,13 +25,14 @@ _COST_BYTES = 2304
 class HeldPacket(NamedTuple):
     """A packet in the queue: its id there (ascending), `UDP` or `OTHER`, its bytes, and for UDP the port it goes to.
 
-    Port 0: not known, because this is a later fragment.
+    Port 0: not known, because this is a later fragment. `head`: how the packet begins, for what is not UDP.
     """
 
     id: int
     protocol: int
     size: int
     port: int = 0
+    head: bytes = b""
 
 
 class Room(NamedTuple):
@@ -147,6 +148,10 @@ class HoldBuffer:
     def udp_ports(self) -> set[int]:
         """Where the datagrams that are held go."""
         return {self._packets[ident].port for ident in self._udp}
+
+    def heads(self) -> Iterator[bytes]:
+        """How the packets that are held begin, oldest first."""
+        return (packet.head for packet in self._packets.values())
 
     def take(self, limit: int, rooms: dict[int, Room] | None = None) -> Release:
         """Take out the oldest, at most `limit`; with `rooms`, of the UDP only as much as fits where it goes.

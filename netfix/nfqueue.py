@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import KernelLacksError, KernelRefusedError, from_errno
-from .hold_buffer import HeldPacket, HoldLimits, classify
+from .hold_buffer import OTHER, HeldPacket, HoldLimits, classify
 from .netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_REQUEST, NetlinkSocket, Refusal
 
 DROP, ACCEPT = 0, 1
@@ -195,16 +195,17 @@ def _parse(message: memoryview) -> HeldPacket | None:
     offset = _HEADER.size
     ident, ethertype, _ = _PACKET_HEADER.unpack_from(message, offset + _ATTRIBUTE.size)
     size, end = 0, len(message)
-    protocol, port = 0, 0
+    protocol, port, head = OTHER, 0, b""
     while offset + _ATTRIBUTE.size <= end:
         length, kind = _ATTRIBUTE.unpack_from(message, offset)
         if kind == _PAYLOAD:
             payload = message[offset + _ATTRIBUTE.size : offset + length]
             size = size or len(payload)
             protocol, port = classify(ethertype, payload)
+            head = bytes(payload) if protocol == OTHER else b""
         elif kind == _CAP_LEN:
             (size,) = _LENGTH.unpack_from(message, offset + _ATTRIBUTE.size)
         elif length < _ATTRIBUTE.size:
             break
         offset += (length + 3) & ~3
-    return HeldPacket(ident, protocol, size, port)
+    return HeldPacket(ident, protocol, size, port, head)

@@ -35,6 +35,7 @@ from coordinator.journal import DEFAULT_STATE_DIR, Journal
 from coordinator.protocol import Credentials, MigrationPlan
 from netfix.address import NetlinkAddressBook
 from netfix.conntrack import NetlinkConnectionTable
+from netfix.delivery import LoopbackDelivery
 from netfix.gate import NftGate
 from netfix.hold import NfqueueHold
 from netfix.movers.base import Role
@@ -94,6 +95,7 @@ def _network(plan: MigrationPlan, role: Role) -> ServiceNetwork:
             mover=outside or real_mover(plan, role),
             inventory=DiagSocketInventory(),
             hold=NfqueueHold(),
+            delivery=LoopbackDelivery(),
             table=table,
             inodes=tree_socket_inodes,
             sockets_tracked=own is None,

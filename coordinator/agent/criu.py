@@ -1,35 +1,15 @@
-"""The one door to CRIU, and the hold at its hooks.
-
-CRIU runs an action script at each stage of a dump or restore (CRIU, Documentation/criu.txt, "--action-script"), also
-under runc, because CRIU reads the file named by ``CRIU_CONFIG_FILE`` in RPC mode too (criu/config.c). Ours waits at
-
-- ``pre-dump``: everything is loaded, nothing is frozen yet: the gate is closed in this very moment;
-- ``post-dump``: the images are complete, the tasks frozen. Success lets CRIU kill them, failure thaws them with their
-  connections (criu/cr-dump.c, cr_dump_finish);
-- ``post-restore``: everything exists, nothing has run. Success lets the tasks run, failure kills them
-  (criu/cr-restore.c, restore_root_task).
-
-Waiting is a shared ``flock`` on a file that the agent has locked. The kernel drops that lock when the agent ends,
-however it ends, and what the script does then is decided by the journal alone:
-
-- I3: at post-dump it succeeds if and only if the source's journal has COMMITTED. A source whose agent was killed thaws
-  by itself before the commit point, and never after it.
-- I1: at post-restore it succeeds only if the destination's journal has COMMITTED, which that half writes on the
-  source's GO. With neither COMMITTED nor ABORTED it goes on waiting: in doubt, a destination never guesses.
-"""
+"""The one door to CRIU: dumps and restores, started through a runtime's command and held at our hooks (``hook``)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import shlex
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, Hook
 from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.scan_filter import ScanFilter
@@ -38,141 +18,8 @@ from coordinator.agent.process import Command, Running, describe_failure, first_
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
-PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
-
 #: Is told the pid of a command.
 Started = Callable[[int], None]
-
-#: Held in one line each, because CRIU's configuration parser takes one option a line.
-_CONFIG = "network-lock skip\naction-script {script}\n{lazy}"
-#: Not every runtime has an option for it (crun has none).
-_LAZY = "lazy-pages\n"
-
-#: How a hook says yes. A dump without its lazy pages goes on, after a successful post-dump, to serve them by itself
-#: until somebody has fetched them all, and it thaws the tasks if that fails (criu/cr-dump.c, cr_lazy_mem_dump). So the
-#: hook kills the frozen tasks on a commit, and refuses the serving at its next stage, status-ready. Post-dump itself
-#: must succeed: a failure takes the connections out of repair mode, and they would be closed with a FIN that nobody
-#: gets, and stay behind in FIN-WAIT-1 for minutes.
-_GO_ON = "exit 0"
-_KILL = "kill -KILL $(cat {tasks}); exit 0"
-
-_SCRIPT = """#!/bin/sh
-# Written by livemove for one migration: holds CRIU until the journal says how the migration ended.
-case "$CRTOOLS_SCRIPT_ACTION" in
-{actions}) ;;
-status-ready) exit {status_ready} ;;
-post-resume) echo "post-resume $CRTOOLS_INIT_PID" 1<>{reached}; exit 0 ;;
-*) exit 0 ;;
-esac
-echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}
-{flock} -s {hold}."$CRTOOLS_SCRIPT_ACTION" true
-decide() {{
-    while read -r line; do
-        case "$line" in
-        *'"phase":"COMMITTED"'*) {committed} ;;
-        *'"phase":"ABORTED"'*) exit 1 ;;
-        esac
-    done <{journal}
-}}
-case "$CRTOOLS_SCRIPT_ACTION" in
-pre-dump) [ -e {proceed} ]; exit ;;
-post-dump) decide; exit 1 ;;
-post-restore) while :; do decide; sleep 0.1; done ;;
-esac
-"""
-
-
-#: Stands before ``tar`` in CRIU's PATH. CRIU has tar pack every tmpfs of a container, with --gzip (criu/filesystems.c,
-#: tmpfs_dump): a shell and a gzip more, in the freeze and on both hosts, for what is mostly a few empty directories.
-_TAR = """#!/bin/sh
-# Written by livemove for one migration: no compression of images that never leave memory.
-if [ "$2" = --gzip ]; then
-    action=$1
-    shift 2
-    set -- "$action" "$@"
-fi
-exec {tar} "$@"
-"""
-
-
-class Hook:
-    """The action script of one CRIU run, its configuration file, and the locks it waits for."""
-
-    def __init__(self, folder: Path, journal: Path, actions: tuple[str, ...], *, lazy: bool) -> None:
-        """Write script and configuration to ``folder`` (on a file system without noexec) and take the locks."""
-        lazy_dump = lazy and POST_DUMP in actions
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.config = folder / "criu.conf"
-        #: To stand first in CRIU's PATH.
-        self.programs = folder / "bin"
-        self._folder = folder
-        self._proceed = folder / "proceed"
-        script = folder / "hook"
-        reached = folder / "reached"
-        os.mkfifo(reached, 0o600)
-        flock = shutil.which("flock")
-        if flock is None:
-            raise DumpFailed("flock(1) of util-linux is not installed on this host", "Install util-linux.")
-        self._tasks = folder / "tasks"
-        names = {"reached": reached, "hold": folder / "hold", "journal": journal, "proceed": self._proceed}
-        quoted = {name: shlex.quote(str(path)) for name, path in names.items()}
-        committed = _KILL.format(tasks=shlex.quote(str(self._tasks))) if lazy_dump else _GO_ON
-        values = {"flock": shlex.quote(flock), "committed": committed, "status_ready": int(lazy_dump)}
-        script.write_text(_SCRIPT.format(actions="|".join(actions), **values, **quoted))
-        script.chmod(0o700)
-        self.config.write_text(_CONFIG.format(script=script, lazy=_LAZY if lazy else ""))
-        if (tar := shutil.which("tar")) is not None:
-            shim = self.programs / "tar"
-            self.programs.mkdir(mode=0o700)
-            shim.write_text(_TAR.format(tar=shlex.quote(tar)))
-            shim.chmod(0o700)
-        # Read-write, so that neither side ever waits for the other to open its end (fifo(7), Linux).
-        self._reached = os.open(reached, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._locks = {action: self._lock(action) for action in actions}
-
-    def _lock(self, action: str) -> int:
-        descriptor = os.open(self._folder / f"hold.{action}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return descriptor
-
-    async def reached(self, action: str) -> int:
-        """Return when CRIU stands at ``action``, with the pid of the root task."""
-        arrived: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-        def readable() -> None:
-            with contextlib.suppress(BlockingIOError):
-                for line in os.read(self._reached, 4096).decode().splitlines():
-                    reached, _, root_pid = line.partition(" ")
-                    if reached == action and not arrived.done():
-                        arrived.set_result(int(root_pid or 0))
-
-        asyncio.get_running_loop().add_reader(self._reached, readable)
-        try:
-            return await arrived
-        finally:
-            asyncio.get_running_loop().remove_reader(self._reached)
-
-    def doom(self, pids: Sequence[int]) -> None:
-        """Name the frozen tasks that a lazy dump's hook kills on a commit."""
-        self._tasks.write_text(" ".join(map(str, pids)))
-
-    def allow(self) -> None:
-        """Let a CRIU that stands at ``pre-dump`` go on, rather than give up."""
-        self._proceed.touch()
-
-    def release(self, action: str) -> None:
-        """Let CRIU go on from ``action``: the journal tells it where to. Repeating it is harmless."""
-        descriptor = self._locks.pop(action, -1)
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def close(self) -> None:
-        """Release everything that is still held."""
-        for action in tuple(self._locks):
-            self.release(action)
-        if self._reached >= 0:
-            os.close(self._reached)
-            self._reached = -1
 
 
 class Dump(Protocol):
@@ -183,6 +30,10 @@ class Dump(Protocol):
 
     def freeze(self, root_pid: int) -> None:
         """Let CRIU freeze the tasks, the first of which is ``root_pid``, and write the images."""
+
+    async def frozen(self) -> bool:
+        """Return as soon as the tasks are known to be frozen, long before the images are complete: ``True``. ``False``:
+        the dump has come to its end, well or not, and that was not seen."""
 
     async def dumped(self) -> None:
         """Return when the images are complete and the tasks frozen; raise ``DumpFailed`` if that cannot be reached."""
@@ -247,16 +98,11 @@ class CriuRun:
         self._exit = asyncio.ensure_future(running.wait())
 
     async def _stands_at(self, action: str) -> int:
-        arrival = asyncio.ensure_future(self._hook.reached(action))
-        try:
-            await asyncio.wait((arrival, self._exit), return_when=asyncio.FIRST_COMPLETED)
-            if not arrival.done():
-                raise self._failure()
-            return arrival.result()
-        finally:
-            arrival.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await arrival
+        arrival = self._hook.arrival(action)
+        await asyncio.wait((arrival, self._exit), return_when=asyncio.FIRST_COMPLETED)
+        if not arrival.done():
+            raise self._failure()
+        return arrival.result()
 
     def let_go(self) -> None:
         """See ``Dump`` and ``Restore``."""
@@ -287,6 +133,7 @@ class CriuDump(CriuRun):
         super().__init__(running, hook, work, DumpFailed)
         self._scans = scans
         self._dumping = contextlib.ExitStack()
+        self._frozen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def ready(self) -> None:
         """See ``Dump``."""
@@ -294,13 +141,28 @@ class CriuDump(CriuRun):
 
     def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
-        watch = NapWatch(self._running.pid, root_pid)
+        watch = NapWatch(self._running.pid, root_pid, self._tell_frozen)
         self._dumping.callback(watch.end)
         self._dumping.callback(self._scans.close)
         watch.begin()
         self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
+
+    def _tell_frozen(self) -> None:
+        """In the watch's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: we have ended
+            self._frozen.get_loop().call_soon_threadsafe(self._see_frozen)
+
+    def _see_frozen(self) -> None:
+        if not self._frozen.done():
+            self._frozen.set_result(None)
+
+    async def frozen(self) -> bool:
+        """See ``Dump``."""
+        ends = (self._frozen, self._hook.arrival(POST_DUMP), self._exit)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        return self._frozen.done()
 
     async def dumped(self) -> None:
         """See ``Dump``."""
@@ -336,16 +198,11 @@ class CriuRestore(CriuRun):
 
     async def resumed(self) -> None:
         """See ``Restore``."""
-        running = asyncio.ensure_future(self._hook.reached(POST_RESUME))
-        try:
-            self._hook.release(POST_RESTORE)
-            await asyncio.wait((running, self._exit), return_when=asyncio.FIRST_COMPLETED)
-            if not running.done() and self._exit.result() != 0:
-                raise self._failure()
-        finally:
-            running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
+        running = self._hook.arrival(POST_RESUME)
+        self._hook.release(POST_RESTORE)
+        await asyncio.wait((running, self._exit), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done() and self._exit.result() != 0:
+            raise self._failure()
 
     async def end(self) -> None:
         """See ``Restore``. After an abort CRIU fails, as it should: that is not our error."""

@@ -10,16 +10,16 @@ import asyncio
 import contextlib
 from typing import Any
 
-from coordinator.agent.channel import Channel, expect, peer_aborted
+from coordinator.agent.channel import Channel, peer_aborted
 from coordinator.agent.criu import Restore
 from coordinator.agent.deeds import Undoer
-from coordinator.agent.half import ANY_REASON, as_livemove_error, uninterrupted
+from coordinator.agent.half import ANY_REASON, as_livemove_error, ended, uninterrupted
+from coordinator.agent.handing_back import answering_until_frozen
 from coordinator.agent.incoming import receive_images, receive_rounds
 from coordinator.agent.memory.fetching import PageFetcher
 from coordinator.agent.messages import (
     Diverted,
     FetchedPages,
-    FrozenNow,
     GaveUp,
     GiveUp,
     Go,
@@ -96,7 +96,7 @@ class DestinationHalf(HalfWithMemory):
             return await self._to_the_end()
         finally:
             if self._go is not None:
-                await _ended(self._go)
+                await ended(self._go)
 
     async def _to_the_end(self) -> HalfResult:
         try:
@@ -150,8 +150,8 @@ class DestinationHalf(HalfWithMemory):
 
     async def _until_restored(self) -> None:
         await self._divert()
-        restore = await self._load_restore()
-        await expect(self._link(), FrozenNow)
+        async with answering_until_frozen(self._link(), self.network):
+            restore = await self._load_restore()
         self.enter(Phase.FROZEN)
         self.part("told of the freeze")
         pages_later, self._received_bytes = await receive_images(self._link(), self.images, self._memory, self._track)
@@ -207,7 +207,7 @@ class DestinationHalf(HalfWithMemory):
                 raise ProtocolError("the source said Go before it was told Staged")
             return staged.result()
         finally:
-            await _ended(staged)
+            await ended(staged)
 
     async def _divert(self) -> None:
         """Answer for the addresses from now on (I2: the source has fallen silent), and keep what arrives: with no
@@ -389,11 +389,3 @@ class DestinationHalf(HalfWithMemory):
         if self.channel is None:
             raise ChannelFailed("there is no channel to the source's agent")
         return self.channel
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait for its end, whatever that is."""
-    task.cancel()
-    await asyncio.wait((task,))
-    if not task.cancelled():
-        task.exception()  # seen

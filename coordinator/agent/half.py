@@ -196,6 +196,14 @@ def as_livemove_error(error: BaseException, doing: str) -> LivemoveError:
     return AgentFailed(f"{type(error).__name__} {doing}: {error}")
 
 
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait for its end, whatever that is."""
+    task.cancel()
+    await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # seen
+
+
 async def uninterrupted(work: Coroutine[Any, Any, R]) -> R:
     """Run ``work`` to its end although this task is cancelled meanwhile: roll-back and what follows the commit point
     are not given up halfway. The work itself is bounded by its deadlines."""

@@ -91,13 +91,19 @@ class TmpfsImageSpace:
 
     def sizes(self) -> dict[str, int]:
         """See ``ImageSpace``."""
-        kept = [*self.images.iterdir(), self._aside]
-        return {path.name: path.stat().st_size for path in kept if path.is_file()}
+        with os.scandir(self.images) as entries:
+            found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        if self._aside.is_file():
+            found[INVENTORY] = self._aside.stat().st_size
+        return found
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See ``ImageSpace``."""
-        with self._path(name).open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """See ``ImageSpace``. A name with a slash is refused: the other side must not write elsewhere."""
@@ -116,8 +122,9 @@ class TmpfsImageSpace:
             inventory.rename(self._aside)
         return InventoryHold(inventory, self._aside)
 
-    def _path(self, name: str) -> Path:
-        return self._aside if name == INVENTORY and (self.images / name).is_symlink() else self.images / name
+    def _path(self, name: str) -> str:
+        """Without a Path for each: there is an image for every connection."""
+        return str(self._aside) if name == INVENTORY and (self.images / name).is_symlink() else f"{self.images}/{name}"
 
 
 class InventoryHold:

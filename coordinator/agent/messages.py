@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from coordinator.facts import SocketFacts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMessage:
@@ -26,6 +28,20 @@ class Divert(ChannelMessage):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diverted(ChannelMessage):
     """Destination: announced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished(ChannelMessage):
+    """Source, diverted: these connections have no process here and are not finished. Answered by ``Kept``."""
+
+    sockets: tuple[SocketFacts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept(ChannelMessage):
+    """Destination: what their peers have sent so far, as whole IP packets without data."""
+
+    packets: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

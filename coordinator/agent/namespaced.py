@@ -100,6 +100,14 @@ class NamespacedNetwork:
         """See ``ServiceNetwork``."""
         await self._inside.hold_arrivals()
 
+    async def kept(self, sockets: Collection[SocketFacts]) -> list[bytes]:
+        """See ``ServiceNetwork``."""
+        return await self._inside.kept(sockets)
+
+    async def take_in(self, packets: Sequence[bytes], sockets: Collection[SocketFacts]) -> None:
+        """See ``ServiceNetwork``."""
+        await self._inside.take_in(packets, sockets)
+
     async def let_out(self) -> None:
         """See ``ServiceNetwork``."""
         await self._inside.let_out()

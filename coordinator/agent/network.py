@@ -16,11 +16,13 @@ from coordinator.facts import SocketFacts
 from coordinator.protocol import AddressMove
 from netfix.address import AddressBook, AddressRecord
 from netfix.conntrack import ConnectionTable
-from netfix.conntrack_entry import Connection, untracked
+from netfix.conntrack_entry import Connection, Flow, untracked
+from netfix.delivery import Delivery
 from netfix.errors import NetfixError, NoSuchInterfaceError
 from netfix.gate import OPEN, Gate, GateState, holding, releasing
 from netfix.hold import Hold, HoldReport
 from netfix.movers.base import AddressMover
+from netfix.segments import acknowledgements
 from netfix.sockets import SocketInventory, SocketRecord, of_addresses, owned_by, socket_inodes
 
 
@@ -47,6 +49,13 @@ class ServiceNetwork(Protocol):
 
     async def hold_arrivals(self) -> None:
         """The gate for a diverted destination: answer for the addresses, keep every packet that arrives, send none."""
+
+    async def kept(self, sockets: Collection[SocketFacts]) -> list[bytes]:
+        """Destination: what the peers of these connections have sent to it, without their data, oldest first. What was
+        kept stays so."""
+
+    async def take_in(self, packets: Sequence[bytes], sockets: Collection[SocketFacts]) -> None:
+        """Source: give the kernel what came to the destination for these connections, and nothing else."""
 
     async def let_out(self) -> None:
         """The gate for the moment of resuming: what the tasks and the kernel send gets out, arrivals are still kept."""
@@ -111,6 +120,7 @@ class NetfixNetwork:
         mover: AddressMover,
         inventory: SocketInventory,
         hold: Hold,
+        delivery: Delivery,
         table: ConnectionTable,
         inodes: Callable[[int], set[int]],
         sockets_tracked: bool = True,
@@ -121,6 +131,7 @@ class NetfixNetwork:
         self._mover = mover
         self._inventory = inventory
         self._hold = hold
+        self._delivery = delivery
         self._table = table
         self._inodes = inodes
         self._sockets_tracked = sockets_tracked
@@ -154,6 +165,15 @@ class NetfixNetwork:
     async def hold_arrivals(self) -> None:
         """See ``ServiceNetwork``. Where the kernel cannot hold, arrivals are dropped and peers send them again."""
         await self.set_gate(holding(self._hold.queue))
+
+    async def kept(self, sockets: Collection[SocketFacts]) -> list[bytes]:
+        """See ``ServiceNetwork``."""
+        return self._hold.kept(_inward(sockets))
+
+    async def take_in(self, packets: Sequence[bytes], sockets: Collection[SocketFacts]) -> None:
+        """See ``ServiceNetwork``."""
+        with network_errors():
+            await self._delivery.deliver(acknowledgements(packets, _inward(sockets)))
 
     async def let_out(self) -> None:
         """See ``ServiceNetwork``."""
@@ -243,8 +263,13 @@ class NetfixNetwork:
     async def close(self) -> None:
         """See ``ServiceNetwork``."""
         await self._mover.close()
-        for part in (self._hold, self._gate, self._book, self._inventory, self._table):
+        for part in (self._hold, self._delivery, self._gate, self._book, self._inventory, self._table):
             part.close()
+
+
+def _inward(sockets: Collection[SocketFacts]) -> list[Flow]:
+    """The way of what their peers send."""
+    return [Flow(each.remote, each.remote_port, each.local, each.local_port) for each in sockets]
 
 
 def socket_facts(records: Sequence[SocketRecord]) -> tuple[SocketFacts, ...]:

@@ -18,7 +18,7 @@ from coordinator.agent import facts, movers, recover
 from coordinator.agent.assembly import REAL_PARTS, AnyListener, Parts, Places, runtime_of
 from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.half import ANY_REASON, as_livemove_error, uninterrupted
-from coordinator.agent.selftest import self_test
+from coordinator.agent.recent_self_test import recent_self_test
 from coordinator.agent.source import SourceHalf
 from coordinator.errors import AgentFailed, Interrupted, LivemoveError, ProtocolError, WorkloadBusy
 from coordinator.events import Event
@@ -149,8 +149,8 @@ class Agent:
     def _notice(self, text: str) -> None:
         self.emit(Event(kind="notice", name="WARNING", host="", at_ms=0.0, detail=text))
 
-    async def _self_test(self, _: RunSelfTest) -> SelfTestResult:
-        return await self_test()
+    async def _self_test(self, request: RunSelfTest) -> SelfTestResult:
+        return await recent_self_test(request.max_age_s)
 
     async def _who_answers(self, request: WhoAnswers) -> Answers:
         port = PacketFramePort(request.interface)

@@ -3,7 +3,8 @@
 CRIU dumps the sockets that processes have, with what is in their TCP queues. It refuses to dump while a connection
 waits in an accept queue, and loses the datagrams in UDP's queues. A connection that the service has closed, or that is
 still shaking hands, belongs to no process: its peer's packets have to reach this host to end it, so it is waited for
-*before* the packets are diverted. The rest is worked off *after* that, when nothing new can come.
+*before* the packets are diverted. The rest is worked off *after* that, when nothing new can come; and of a busy service
+something is always unfinished at that instant: its peers' packets are fetched from the destination (``handing_back``).
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from netfix.sockets import SocketRecord
 QUIET_S = 0.001
 #: Between two looks, but never less than the look before took: a look at thousands of sockets takes milliseconds.
 POLL_S = 0.001
+#: How long handshakes are waited for after the divert, and so how far away a client may be whose handshake is saved.
+#: All others wait meanwhile: it is not done for a handshake that is older than the time after which a SYN is repeated
+#: (RFC 6298: one second), and so may never be finished.
+HANDSHAKE_S = 0.05
+YOUNG_S = 1.0
 
 _NAMED = 3
 
 #: What is pending in the service's sockets: ``ServiceNetwork.pending``.
 Look = Callable[[], Awaitable[list[SocketRecord]]]
+#: Takes in what the destination has for these: ``HandBack.take``.
+TakeIn = Callable[[Sequence[SocketRecord]], Awaitable[None]]
 #: A listener, or both ends of a connection.
 Key = tuple[str, int, str, int, int]
 
@@ -113,8 +121,9 @@ def _not_accepting(queues: dict[Key, int], bound_s: float) -> NotAccepting:
 class Settling:
     """The waits of one source half, in the order of the methods. ``clock`` gives seconds."""
 
-    def __init__(self, look: Look, bounds: Deadlines, clock: Callable[[], float]) -> None:
+    def __init__(self, look: Look, take_in: TakeIn, bounds: Deadlines, clock: Callable[[], float]) -> None:
         self._look = look
+        self._take_in = take_in
         self._bounds = bounds
         self._clock = clock
         self._looked_s = 0.0
@@ -142,22 +151,35 @@ class Settling:
 
     async def after_divert(self) -> None:
         """Wait, when nothing new comes any more, until the service has taken what it had received: its connections
-        (or raise NotAccepting after ``accept_s``), and everything else within ``settle_s``."""
+        (or raise NotAccepting after ``accept_s``), and everything else within ``settle_s``; and until what was not
+        finished at the divert is, as long as that may be soon."""
         began = self._clock()
         await asyncio.sleep(min(QUIET_S, self._bounds.settle_s))
         while True:
             records = await self._records()
+            self._note(records)
             waited_s = self._clock() - began
             queues = accept_queues(records)
             if queues and waited_s >= self._bounds.accept_s:
                 raise _not_accepting(queues, self._bounds.accept_s)
-            if not queues and (waited_s >= self._bounds.settle_s or not unread(records)):
+            if not queues and waited_s >= self._patience_s(records):
                 return
+            if loose := unfinished(records):
+                await self._take_in(loose)  # then another look: what it finishes may wait to be accepted
             await self._pause()
 
     async def losses(self) -> list[str]:
         """What of the frozen service does not move, a sentence for each kind."""
         return losses(await self._records(), self._given_up)
+
+    def _patience_s(self, records: Sequence[SocketRecord]) -> float:
+        """For how long after the divert these are waited for."""
+        now = self._clock()
+        loose = [(each, now - self._first_seen[_key(each)]) for each in unfinished(records)]
+        if any(each.state == "SYN_RECV" and age_s < YOUNG_S for each, age_s in loose):
+            return max(HANDSHAKE_S, self._bounds.settle_s)
+        closing = any(_is_closing(each) and _key(each) not in self._given_up for each, _ in loose)
+        return self._bounds.settle_s if closing or unread(records) else 0.0
 
     async def _see_accepting(self) -> None:
         """See each accept queue empty, or shorter than before: that of a busy service may never be empty."""

@@ -15,6 +15,7 @@ from coordinator.agent.channel import Channel, expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.half import ANY_REASON, Half, as_livemove_error, uninterrupted
+from coordinator.agent.handing_back import HandBack
 from coordinator.agent.memory.convergence import Kind
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.messages import (
@@ -73,7 +74,13 @@ class SourceHalf(Half):
     @cached_property
     def settling(self) -> Settling:
         """What is waited for before the freeze."""
-        return Settling(lambda: self.network.pending(self._root_pid), self.plan.deadlines, self.clock)
+        hand_back = HandBack(self.network)
+        return Settling(
+            lambda: self.network.pending(self._root_pid),
+            lambda unfinished: hand_back.take(self._link(), unfinished),
+            self.plan.deadlines,
+            self.clock,
+        )
 
     def undoers(self) -> dict[str, Undoer]:
         """See ``Half``."""
@@ -124,11 +131,14 @@ class SourceHalf(Half):
         await self._freeze(dump)
         async with _freeze_deadline(self.plan.deadlines.freeze_s):
             await self.tracked.send_rest(self._link())
+            if await dump.frozen():
+                await self.memory.last(self._root_pid, self._link())
+                self.part("last pages sent")
             await dump.dumped()
             self.enter(Phase.DUMPED)
             self.part("CRIU dumps")
-            await self.memory.last(self._root_pid, self._link())
-            self.part("last pages sent")
+            await self.memory.rest(self._root_pid, self._link())
+            self.part("rest of the pages sent")
             await self._send_images()
             await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
             self.part("images sent")

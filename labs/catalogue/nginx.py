@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from labs.catalogue.base import Service
 
 SERVICE = Service(
     name="nginx",
     address="192.0.2.212",
     port=80,
-    command=("nginx", "-c", "@DATA@/nginx.conf", "-e", "stderr"),
+    command=(
+        "sh",
+        "-c",
+        "python3 @DATA@/websocket_server.py /run/websocket.socket & exec nginx -c @DATA@/nginx.conf -e stderr",
+    ),
     capabilities=("CAP_NET_BIND_SERVICE", "CAP_SETUID", "CAP_SETGID", "CAP_CHOWN", "CAP_DAC_OVERRIDE"),
     files={
         "nginx.conf": """\
@@ -32,9 +38,17 @@ http {
         listen @ADDRESS@:@PORT@;
         root @DATA@/www;
         location = /moved { return 301 /page; }
+        location = /websocket {
+            proxy_pass http://unix:/run/websocket.socket;
+            proxy_http_version 1.1;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection upgrade;
+            proxy_read_timeout 1h;
+        }
     }
 }
 """,
+        "websocket_server.py": Path(__file__).with_name("websocket_server.py").read_text(),
     },
     setup=(
         "mkdir www",

@@ -1,4 +1,4 @@
-"""Clients of nginx (HTTP/1.1): pages on kept connections, some asked for at once, ranges, and slow downloads."""
+"""Clients of nginx (HTTP/1.1): pages on kept connections, some at once, ranges, slow downloads, and websockets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 from labs.clients.sessions import Session, Stream, WrongAnswer, expect, main
+from labs.clients.websocket import Websocket
 
 PAGES = 100
 LINE_BYTES = 16
@@ -93,7 +94,7 @@ class Downloader(HttpSession):
 
 
 def sessions(address: str, port: int, folder: str) -> list[Session]:
-    kinds: list[Callable[[str, int], Session]] = [*[Reader] * 6, Ranger, Ranger, *[Downloader] * 4]
+    kinds: list[Callable[[str, int], Session]] = [*[Reader] * 6, Ranger, Ranger, *[Downloader] * 4, *[Websocket] * 3]
     return [kind(address, port) for kind in kinds]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import os
 import random
 from collections.abc import Callable
 
 from labs.clients.sessions import Session, Stream, WrongAnswer, expect, main
+from labs.clients.websocket import Websocket
 
 
 class NodeSession(Session):
@@ -20,12 +19,12 @@ class NodeSession(Session):
     async def open(self) -> None:
         self._stream = await Stream.connect(*self._where)
 
-    async def ask(self, method: str, path: str, body: bytes = b"", *headers: str) -> dict[str, str]:
+    async def ask(self, method: str, path: str, body: bytes = b"") -> dict[str, str]:
         """Send a request; the headers of its answer."""
-        head = [f"{method} {path} HTTP/1.1", "Host: lab", f"Content-Length: {len(body)}", *headers, "", ""]
+        head = [f"{method} {path} HTTP/1.1", "Host: lab", f"Content-Length: {len(body)}", "", ""]
         self._stream.send("\r\n".join(head).encode() + body)
         first, *rest = (await self._stream.until(b"\r\n\r\n")).decode().splitlines()
-        if first.split()[1] not in ("200", "101"):
+        if first.split()[1] != "200":
             raise WrongAnswer(f"{method} {path}: {first}")
         return dict(line.lower().split(": ", 1) for line in rest if line)
 
@@ -80,30 +79,6 @@ class Events(NodeSession):
         self._count += 1
         size = int(await self._stream.line(), 16)
         expect(await self._stream.exactly(size + 2), b"data: %d\n\n\r\n" % self._count, "the event")
-
-
-class Websocket(NodeSession):
-    """A websocket (RFC 6455): short texts, answered with their number."""
-
-    async def open(self) -> None:
-        await super().open()
-        key = base64.b64encode(os.urandom(16)).decode()
-        upgrade = (
-            "Connection: Upgrade",
-            "Upgrade: websocket",
-            "Sec-WebSocket-Version: 13",
-            f"Sec-WebSocket-Key: {key}",
-        )
-        headers = await self.ask("GET", "/websocket", b"", *upgrade)
-        expect(headers.get("upgrade"), "websocket", "the upgrade")
-
-    async def step(self) -> None:
-        self._count += 1
-        text, mask = os.urandom(20).hex().encode(), os.urandom(4)
-        masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(text))
-        self._stream.send(bytes([0x81, 0x80 | len(text)]) + mask + masked)
-        kind, size = await self._stream.exactly(2)
-        expect((kind, await self._stream.exactly(size)), (0x81, b"%d %s" % (self._count, text)), "the websocket")
 
 
 def sessions(address: str, port: int, folder: str) -> list[Session]:

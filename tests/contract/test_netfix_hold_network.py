@@ -18,6 +18,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 
 from netfix import nft
+from netfix.conntrack_entry import Flow
 from netfix.errors import KernelRefusedError
 from netfix.gate import CLOSED, OPEN, NftGate, holding, releasing, remove_gate
 from netfix.hold import HoldReport, NfqueueHold, hold_support
@@ -290,6 +291,43 @@ async def test_what_is_not_udp_is_dropped_when_it_comes_last(cable: Segment, gat
         assert [answer[TCP].sport for answer in answers] == [1, 2, 3], "the resets of closed ports, in order"
     finally:
         await cable.host.call(small.close)
+
+
+def _from_peer(address: str, **fields: object) -> Ether:
+    network = IPv6(src=PEER6, dst=address) if ":" in address else IP(src=PEER, dst=address)
+    return Ether(src=PEER_MAC, dst=HOST_MAC) / network / TCP(**fields)
+
+
+@EACH_FAMILY
+async def test_nobody_is_reset_for_what_is_let_go_and_new_connections_are_refused(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    """The first is of a connection that ended while its packets came here, the second to a port that nobody has."""
+    await cable.transmit(bytes(_from_peer(address, sport=1, dport=9000, flags="A", seq=5, ack=7)))
+    await cable.transmit(bytes(_from_peer(address, sport=2, dport=9000, flags="S")))
+    await _until(cable.host, hold, lambda report: report.waiting_packets == 2)
+    await _release(cable, hold, gate)
+    answers = [(frame[TCP].dport, str(frame[TCP].flags)) for frame in await cable.arrived() if TCP in frame]
+    assert answers == [(2, "RA")]
+    await cable.transmit(bytes(_from_peer(address, sport=3, dport=9000, flags="A", seq=5, ack=7)))
+    answers = [(frame[TCP].dport, str(frame[TCP].flags)) for frame in await cable.arrived() if TCP in frame]
+    assert answers == [(3, "R")], "an open gate is in nobody's way"
+
+
+@EACH_FAMILY
+async def test_what_a_connection_has_sent_is_told_and_stays(
+    cable: Segment, gate: NftGate, hold: NfqueueHold, address: str
+) -> None:
+    flow = Flow(PEER6 if ":" in address else PEER, 1, address, 9000)
+    of_flow = {"sport": 1, "dport": 9000, "seq": 5, "ack": 7}
+    await cable.transmit(bytes(_from_peer(address, **of_flow, flags="PA") / Raw(bytes(1000))))
+    await cable.transmit(bytes(_from_peer(address, sport=2, dport=9000, flags="A")))
+    await _until(cable.host, hold, lambda report: report.waiting_packets == 2)
+    for _ in range(2):
+        expected = bytes(_from_peer(address, **of_flow, flags="A"))[14:]
+        assert await cable.host.call(lambda: hold.kept([flow])) == [expected]
+    assert await cable.host.call(lambda: hold.kept([])) == []
+    assert (await _release(cable, hold, gate)).released == 2
 
 
 async def test_a_queue_has_one_listener(cable: Segment, hold: NfqueueHold) -> None:

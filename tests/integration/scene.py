@@ -31,7 +31,7 @@ for file in /proc/[0-9]*/cmdline; do
         | cut -c-120 | sed "s,^,process $file: ,"
 done
 find /var/lib/livemove -type f 2>/dev/null | grep -vE '/(source|destination)[.]jsonl$' | sed 's/^/state: /'
-find /var/cache/livemove -mindepth 1 -maxdepth 1 2>/dev/null | grep -v '/agents$' | sed 's/^/cache: /'
+find /var/cache/livemove -mindepth 1 -maxdepth 1 2>/dev/null | grep -vE '/(agents|self-test.json)$' | sed 's/^/cache: /'
 ip -o address show dev {INTERFACE} | while read -r _ _ _ address _; do echo "address: $address"; done
 true
 """

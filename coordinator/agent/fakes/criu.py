@@ -13,11 +13,12 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.agent.criu import POST_DUMP, POST_RESTORE, PRE_DUMP, Dump, Restore, Started
+from coordinator.agent.criu import Dump, Restore, Started
 from coordinator.agent.fakes.images import FakeImageHold
 from coordinator.agent.fakes.memory import OUTER_PID
 from coordinator.agent.fakes.workload import Page, is_lazy
 from coordinator.agent.fakes.world import Life, Machine, World, decision
+from coordinator.agent.hook import POST_DUMP, POST_RESTORE, PRE_DUMP
 from coordinator.agent.images import INVENTORY, ImageHold
 from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.hidden_pages import HiddenPages
@@ -176,6 +177,11 @@ class FakeDump(_Handle):
         """See ``Dump``."""
         self.run.proceed = True
         self.run.unlock(PRE_DUMP)
+
+    async def frozen(self) -> bool:
+        """See ``Dump``: every other time it is not seen."""
+        await self.life.checkpoint()
+        return self.run.pid % 2 == 0 and self.run.machine.copy == "frozen"
 
     async def dumped(self) -> None:
         """See ``Dump``."""

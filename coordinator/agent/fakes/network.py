@@ -9,7 +9,8 @@ from coordinator.agent.network import NetfixNetwork
 from coordinator.protocol import MigrationPlan
 from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord
 from netfix.conntrack import FakeConnectionTable
-from netfix.conntrack_entry import Connection
+from netfix.conntrack_entry import Connection, Flow
+from netfix.delivery import FakeDelivery
 from netfix.errors import KernelRefusedError
 from netfix.frames import FakeFramePort
 from netfix.gate import FakeGate, GateState, state_name
@@ -99,6 +100,9 @@ class _StepwiseHold:
     def report(self) -> HoldReport:
         return self._hold.report()
 
+    def kept(self, flows: Collection[Flow]) -> list[bytes]:
+        return self._hold.kept(flows)
+
     async def release(self, open_gate: OpenGate) -> HoldReport:
         await self._life.verb("hold released", KernelRefusedError("no verdict"))
 
@@ -129,6 +133,21 @@ class _StepwiseHold:
         for packet in self._hold.delivered[self._told :]:
             self._life.world.deliver(self._life.machine, packet.id)
         self._told = len(self._hold.delivered)
+
+
+class _StepwiseDelivery(FakeDelivery):
+    """netfix's fake way in, likewise: what comes in ends the handshake that waited for it."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__()
+        self._life = life
+
+    async def deliver(self, packets: Sequence[bytes]) -> None:
+        await self._life.verb("packets taken in", KernelRefusedError("no raw socket"))
+        await super().deliver(packets)
+        if packets:
+            self._life.machine.pending.clear()
+        await self._life.done("packets taken in")
 
 
 class _StepwiseTable(FakeConnectionTable):
@@ -232,6 +251,7 @@ def fake_network(life: Life, plan: MigrationPlan, role: Role) -> NetfixNetwork:
         mover=fake_mover(life, plan, role),
         inventory=_StepwiseInventory(life, addresses[0]),
         hold=_StepwiseHold(life),
+        delivery=_StepwiseDelivery(life),
         table=_StepwiseTable(life),
         inodes=lambda _: {_INODE},
     )

@@ -126,6 +126,8 @@ class World:
         #: Packets that peers have sent, and those of them that the service got or nobody did: they are sent again.
         self.packets = itertools.count(1)
         self.delivered: list[int] = []
+        #: How these packets begin, where that matters.
+        self.packet_head = b""
         self.dropped: list[int] = []
         #: Whether the tasks were killed because their memory could not be had any more.
         self.killed = False
@@ -177,7 +179,7 @@ class World:
         number = next(self.packets)
         for machine in self._drawing():
             if machine.queues and machine.holds:
-                machine.holds[-1].arrive(HeldPacket(number, OTHER, 100))
+                machine.holds[-1].arrive(HeldPacket(number, OTHER, 100, head=self.packet_head))
             elif machine.passes:
                 self.deliver(machine, number)
             else:

@@ -6,7 +6,8 @@ in the rounds, and of its pages image only those are sent that were written sinc
 together from its store.
 
 Only memory that never has a descriptor is treated so: nobody but the mapped tasks can write to it, and CRIU names its
-images by its inode (criu/shmem.c). memfd, SysV segments and files of /dev/shm are sent with the images.
+images by its inode (criu/shmem.c). memfd, SysV segments and files of /dev/shm are sent with the images
+(docs/decisions/0014-shared-memory.md).
 """
 
 from __future__ import annotations
@@ -56,12 +57,15 @@ class SharedMemory:
     def __init__(self) -> None:
         self._objects: dict[tuple[str, int], int] = {}
         self._sent: dict[int, bytearray] = {}
+        self._mapped: dict[tuple[int, int], set[Mapping]] = {}
 
     def round(self, changed: Iterable[ProcessChanges]) -> Iterator[SharedRuns]:
         """What has to be sent, each page of an object once however many map it; counts as sent from now on."""
         taken: dict[int, bytearray] = {}
+        changed = list(changed)
         for each in changed:
-            self._forget_dropped(each)
+            self._forget_lost(each)
+        for each in changed:
             for mapping, runs in _shared(each):
                 number = self._number(mapping)
                 wanted = tuple(self._fresh(taken.setdefault(number, bytearray()), mapping, runs))
@@ -88,7 +92,7 @@ class SharedMemory:
     def outdate(self, changed: Iterable[ProcessChanges]) -> None:
         """These pages changed and are not sent any more: the images have them."""
         for each in changed:
-            self._forget_dropped(each)
+            self._forget_lost(each)
             for mapping, runs in _shared(each):
                 for run in runs:
                     _mark(self._sent[self._number(mapping)], _first(mapping, run), run.pages, 0)
@@ -132,11 +136,18 @@ class SharedMemory:
                 position += length
             _mark(taken, first, run.pages, 1)
 
-    def _forget_dropped(self, each: ProcessChanges) -> None:
-        """A page that one process has no more may be there for others: what we know of it is out of date."""
+    def _forget_lost(self, each: ProcessChanges) -> None:
+        """What a process has lost may be there for others, and changed: what we know of it is out of date.
+
+        That is each page it has dropped, and all of an object it has unmapped: what it wrote before, only its page
+        table knew. (A process that is gone had its writes told by the others, see ``tree``.)"""
         for mapping, runs in _shared(each, dropped=True):
             for run in runs:
                 _mark(self._sent[self._number(mapping)], _first(mapping, run), run.pages, 0)
+        mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping)}
+        for mapping in self._mapped.get((each.pid, each.started), set()) - mapped:
+            self._sent[self._number(mapping)] = bytearray()
+        self._mapped[each.pid, each.started] = mapped
 
 
 def _shared(each: ProcessChanges, *, dropped: bool = False) -> Iterator[tuple[Mapping, tuple[PageRun, ...]]]:
@@ -145,9 +156,13 @@ def _shared(each: ProcessChanges, *, dropped: bool = False) -> Iterator[tuple[Ma
     starts = [mapping.start for mapping in mappings]
     runs = each.changes.dropped if dropped else each.changes.dirty
     for at, group in groupby(runs, lambda run: bisect.bisect_right(starts, run.start) - 1):
-        if at >= 0 and mappings[at].shared and mappings[at].name == _ANONYMOUS_SHARED and not mappings[at].hugetlb:
+        if at >= 0 and _is_kept(mappings[at]):
             inside = (run for run in group if run.start < mappings[at].end)
             yield mappings[at], tuple(inside)
+
+
+def _is_kept(mapping: Mapping) -> bool:
+    return mapping.shared and mapping.name == _ANONYMOUS_SHARED and not mapping.hugetlb
 
 
 def _first(mapping: Mapping, run: PageRun) -> int:

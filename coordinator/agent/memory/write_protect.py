@@ -100,7 +100,11 @@ class WriteProtectTracker:
             raise TargetGone(f"process {self._pid} is gone")
         memory = trackable(mappings)
         with Pagemap(self._pid) as pagemap:
-            added = self._register_new(pagemap, mappings, memory)
+            added: Spans = []
+            if last:  # what is new is dirty as a whole, and nothing is to be tracked any more
+                self._registered, self._read_only = intersection(self._registered, spans_of(memory)), []
+            else:
+                added = self._register_new(pagemap, mappings, memory)
             written = self._take_written(pagemap, protect=not last)
             held = scan_held(self._pid, pagemap, memory, self._objects)
         if not last:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.agent.criu import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, Hook
+from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, Hook
 from coordinator.journal import Journal, Phase
 
 ACTIONS = (PRE_DUMP, POST_DUMP, POST_RESTORE)
@@ -55,7 +55,7 @@ async def exit_status(process: subprocess.Popen[bytes]) -> int:
 async def standing(hook: Hook, folder: Path, action: str) -> subprocess.Popen[bytes]:
     """A script that has said where it stands and is held there."""
     process = begin(folder, action)
-    await hook.reached(action)
+    await hook.arrival(action)
     assert process.poll() is None
     return process
 
@@ -142,14 +142,12 @@ async def test_at_other_actions_it_does_nothing(tmp_path: Path, hook: Hook, acti
 
 
 async def test_at_post_resume_it_reports_and_holds_nothing_up(tmp_path: Path, hook: Hook) -> None:
-    reached = asyncio.ensure_future(hook.reached(POST_RESUME))
-    await asyncio.sleep(0)
     assert await exit_status(begin(tmp_path, POST_RESUME, pid=77)) == 0
-    assert await reached == 77
+    assert await hook.arrival(POST_RESUME) == 77
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_criu_is_told_by_its_configuration_file_whether_memory_follows(
+async def test_criu_is_told_by_its_configuration_file_whether_memory_follows(
     tmp_path: Path, journal: Journal, *, lazy: bool
 ) -> None:
     made = Hook(tmp_path / "hook", journal.path, (PRE_DUMP, POST_DUMP), lazy=lazy)
@@ -195,12 +193,16 @@ async def test_the_configuration_is_one_option_a_line(hook: Hook, tmp_path: Path
 
 
 HOLDER = """
-import sys
+import asyncio, sys
 from pathlib import Path
-from coordinator.agent.criu import Hook
-hook = Hook(Path(sys.argv[1]), Path(sys.argv[2]), ("pre-dump", "post-dump", "post-restore"), lazy=False)
-print("held", flush=True)
-sys.stdin.read()
+from coordinator.agent.hook import Hook
+
+async def hold():
+    Hook(Path(sys.argv[1]), Path(sys.argv[2]), ("pre-dump", "post-dump", "post-restore"), lazy=False)
+    print("held", flush=True)
+    sys.stdin.read()
+
+asyncio.run(hold())
 """
 
 

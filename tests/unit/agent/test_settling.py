@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from coordinator.agent.fakes.clock import run
-from coordinator.agent.settling import POLL_S, QUIET_S, Settling, losses
+from coordinator.agent.settling import HANDSHAKE_S, POLL_S, QUIET_S, YOUNG_S, Settling, losses
 from coordinator.errors import NotAccepting
 from coordinator.protocol import Deadlines
 from netfix.sockets import SocketRecord
@@ -34,11 +34,19 @@ class Script:
         self.scenes = scenes
         self.look_s = look_s
         self.at: list[float] = []
+        self.asked: list[Scene] = []
 
     async def look(self) -> Scene:
         self.at.append(_now())
         await asyncio.sleep(self.look_s)
         return self.scenes[min(len(self.at), len(self.scenes)) - 1]
+
+    async def take_in(self, records: Sequence[SocketRecord]) -> None:
+        self.asked.append(list(records))
+
+
+async def _takes_nothing(_: Sequence[SocketRecord]) -> None:
+    return
 
 
 def _now() -> float:
@@ -49,7 +57,7 @@ def settle(script: Script, *steps: str, pause_s: float = 0.0) -> float:
     """Make these steps of a Settling, with a pause between them. Returns how long the last one took."""
 
     async def play() -> float:
-        settling = Settling(script.look, BOUNDS, _now)
+        settling = Settling(script.look, script.take_in, BOUNDS, _now)
         began = _now()
         for number, step in enumerate(steps):
             await asyncio.sleep(pause_s if number else 0)
@@ -140,8 +148,27 @@ def test_at_most_half_of_the_time_is_spent_looking() -> None:
     assert settle(script, "after_divert") == pytest.approx(QUIET_S + 5 * 0.1)
 
 
-def test_closings_and_handshakes_are_no_reason_to_wait_any_more() -> None:
-    assert settle(Script([CLOSED, HANDSHAKE]), "after_divert") == pytest.approx(QUIET_S)
+def test_what_is_not_finished_is_asked_for_at_the_destination_and_looked_at_again() -> None:
+    script = Script([CLOSED, HANDSHAKE], [HANDSHAKE], [LISTENER], [])
+    assert settle(script, "after_divert") == pytest.approx(QUIET_S + 3 * POLL_S)
+    assert script.asked == [[CLOSED, HANDSHAKE], [HANDSHAKE]]
+
+
+def test_where_everything_is_finished_nobody_is_asked() -> None:
+    script = Script([UNREAD, LISTENER], [])
+    settle(script, "after_divert")
+    assert script.asked == []
+
+
+def test_a_handshake_has_more_time_than_what_is_closed() -> None:
+    assert settle(Script([HANDSHAKE]), "after_divert") == pytest.approx(HANDSHAKE_S, abs=1.5 * POLL_S)
+    assert settle(Script([CLOSED]), "after_divert") == pytest.approx(BOUNDS.settle_s, abs=1.5 * POLL_S)
+
+
+def test_what_was_given_up_before_the_divert_costs_nobody_time_after_it() -> None:
+    """A client that is gone in the middle of its handshake, or that does not take its last bytes."""
+    script = Script([CLOSED, HANDSHAKE])
+    assert settle(script, "notice", "before_divert", "after_divert", pause_s=YOUNG_S) == pytest.approx(QUIET_S)
 
 
 # --- what is lost
@@ -150,7 +177,10 @@ def test_closings_and_handshakes_are_no_reason_to_wait_any_more() -> None:
 def told(records: Sequence[SocketRecord], *given_up: SocketRecord) -> list[str]:
     async def play() -> list[str]:
         settling = Settling(
-            Script([], list(given_up), list(given_up), list(records)).look, replace(BOUNDS, close_s=POLL_S), _now
+            Script([], list(given_up), list(given_up), list(records)).look,
+            _takes_nothing,
+            replace(BOUNDS, close_s=POLL_S),
+            _now,
         )
         await settling.before_divert()
         return await settling.losses()

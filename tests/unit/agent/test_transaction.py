@@ -15,11 +15,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scapy.layers.inet import IP, TCP
 
 from coordinator.agent.fakes.channel import Trouble
 from coordinator.agent.fakes.clock import run
+from coordinator.agent.settling import POLL_S
 from coordinator.journal import Journal, Phase
-from coordinator.protocol import HalfResult
+from coordinator.protocol import Deadlines, HalfResult
 from netfix.sockets import SocketRecord
 from tests.unit.agent.faults import (
     ROLES,
@@ -98,6 +100,40 @@ def test_what_is_lost_is_told(tmp_path: Path) -> None:
     assert isinstance(source, HalfResult)
     (warning,) = source.warnings
     assert warning.startswith("alpha: datagrams that the service had received and not read are lost")
+
+
+def _with_a_handshake(folder: Path) -> Stage:
+    """One whose last packet comes when packets are diverted already, again and again."""
+    stage = Stage(folder, Deadlines(copy_s=100.0, close_s=POLL_S))
+    client, service = ("192.0.2.99", 40003), ("192.0.2.200", 7000)
+    stage.world.source.pending.append(SocketRecord("ipv4", "tcp", "SYN_RECV", *service, *client, 0, 0, 0))
+    last = IP(src=client[0], dst=service[0]) / TCP(sport=client[1], dport=service[1], flags="A", seq=1, ack=1)
+    stage.world.packet_head = bytes(last)
+    return stage
+
+
+def test_a_handshake_is_finished_by_what_came_to_the_destination(tmp_path: Path) -> None:
+    stage = _with_a_handshake(tmp_path)
+    source, _ = run(stage.play())
+    assert verdict(stage) == "moved"
+    assert isinstance(source, HalfResult)
+    assert source.warnings == ()
+    order = ["beta: gate holding", "alpha: packets taken in", "alpha: gate closed", "beta: hold released"]
+    found = iter(stage.world.history)
+    assert all(step in found for step in order)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_stopped_while_packets_are_handed_back(tmp_path: Path, role: Role) -> None:
+    """At every await of the agent, which may be in the middle of asking or answering."""
+    whole = _with_a_handshake(tmp_path / "whole")
+    run(whole.play())
+    for number in range(1, process(whole, role).life.steps + 1):
+        stage = _with_a_handshake(tmp_path / str(number))
+        kill(role, number)(stage)
+        with noted(f"kill {role} at {number}", stage):
+            ends = run(stage.play())
+            assert told_outcomes(ends) <= {verdict(stage)}
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -92,7 +92,7 @@ def test_the_plan_of_a_move(tmp_path: Path) -> None:
         ),
     )
     assert made.expected_pids == RUNNING.pids
-    assert made.image_space_bytes == image_space_bytes(RUNNING.memory_bytes)
+    assert made.image_space_bytes == image_space_bytes(RUNNING.memory_bytes, len(RUNNING.sockets))
     assert made.deadlines == Deadlines()
     assert decode(MigrationPlan, encode(made)) == made
 
@@ -116,8 +116,9 @@ def test_the_next_hop_is_an_address_that_stays(addresses: tuple[str, ...], servi
 
 
 def test_image_space_has_room_for_more_than_the_pages() -> None:
-    assert image_space_bytes(0) == 64 << 20
-    assert image_space_bytes(1000 << 20) == (1164 << 20)
+    assert image_space_bytes(0, 0) == 64 << 20
+    assert image_space_bytes(1000 << 20, 0) == (1164 << 20)
+    assert image_space_bytes(0, 65_000) > 65_000 * 4096, "a page for the file of each connection"
 
 
 def test_a_plan_needs_interfaces(tmp_path: Path) -> None:

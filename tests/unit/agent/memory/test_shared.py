@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -121,3 +122,20 @@ def test_what_is_not_anonymous_shared_memory_is_left_to_the_images() -> None:
     shm = Mapping(0x10000, 0x20000, "rw-s", Backing.SHMEM, 0, "00:05", 9, "/dev/shm/segment")
     other = ProcessChanges(10, 10, 1, False, Changes(changed.changes.dirty, (), (shm,), 0))
     assert list(SharedMemory().round([other])) == []
+
+
+def sent_pages(shared: SharedMemory) -> set[int]:
+    """The pages that the destination has, of an image with all of them."""
+    images = Images({number: page(1, number) for number in range(SIZE)})
+    ((_, spans),) = shared.images(images).values()
+    return {span.address // PAGE_BYTES + n for span in spans if span.sent for n in range(span.pages)}
+
+
+def test_of_an_object_that_a_process_has_unmapped_only_later_pages_count() -> None:
+    """What it wrote before is told by nobody."""
+    shared = SharedMemory()
+    list(shared.round([changes(10, {1, 2, 3}, set()), changes(11, {5}, set())]))
+    assert sent_pages(shared) == {1, 2, 3, 5}
+    without = replace(changes(11, set(), set()), changes=Changes((), (), (), 0))
+    list(shared.round([changes(10, {7}, set()), without]))
+    assert sent_pages(shared) == {7}
