@@ -3,12 +3,18 @@
 While memory is copied in rounds, the service and its clients come first: the agent runs only when nobody else wants to
 (SCHED_IDLE, sched(7)). In the freeze it is the other way round: everybody waits for us. CRIU and the runtime inherit
 that; the tasks get their own scheduling back, because CRIU restores it (criu/cr-restore.c).
+
+A kernel with autogroups (`kernel.sched_autogroup_enabled`, on in Debian's) shares the processor out between sessions
+first, and a thread's policy and nice value say nothing outside its own. So when it is urgent the group of our session
+gets a nice value too (sched(7)): sshd makes us a session of our own, and so do the tasks that are restored. In the
+background it does not: the group's share is then all that keeps copying from standing still on a host that is busy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Literal
 
 from coordinator.agent.tasks import process_tree, threads
@@ -23,8 +29,11 @@ def set_pace(pace: Pace) -> None:
     this process has started, as a CRIU that was loaded in the background. ``usual``: be an ordinary process."""
     policy = os.SCHED_IDLE if pace == "background" else os.SCHED_OTHER
     pids = process_tree(os.getpid()) if pace == "urgent" else [os.getpid()]
+    nice = _URGENT_NICE if pace == "urgent" else 0
     for pid in pids:
-        _set(pid, policy, _URGENT_NICE if pace == "urgent" else 0)
+        _set(pid, policy, nice)
+        with contextlib.suppress(OSError):  # it has ended, there are no autogroups, or no CAP_SYS_NICE: see below
+            Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def _set(pid: int, policy: int, nice: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,20 @@ def test_only_the_agent_itself_goes_back_to_usual(child: int) -> None:
     set_pace("usual")
     assert pace_of(0) == (os.SCHED_OTHER, 0)
     assert pace_of(child) == (os.SCHED_OTHER, -10)
+
+
+PACES = """
+from pathlib import Path
+from coordinator.agent.priority import set_pace
+for pace in ("background", "urgent", "usual"):
+    set_pace(pace)
+    print(Path("/proc/self/autogroup").read_text().split()[-1])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="going before others needs root")
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no autogroups")
+def test_the_session_becomes_urgent_too() -> None:
+    command = [sys.executable, "-c", PACES]
+    said = subprocess.run(command, start_new_session=True, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["0", "-10", "0"]
