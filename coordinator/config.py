@@ -53,7 +53,7 @@ WORKLOAD_KEYS = (
     "volumes",
 )
 VOLUME_KEYS = ("path", "files")
-FILES_KINDS = ("unchecked", "shared", "present")
+FILES_KINDS = get_args(FilesKind)
 MODES = ("auto", *get_args(Mode))
 GIVE_UPS = get_args(GiveUpMode)
 POLICY_KEYS = (*Deadlines.__dataclass_fields__, *MemoryPolicy.__dataclass_fields__)

@@ -107,7 +107,8 @@ class MigrationPlan:
     """All that the halves need; nothing else is asked of the coordinator once they are prepared. ``expected_pids`` are
     the pids and thread ids of the workload on the source, the root's first;
     ``track_connections``: the destination has a connection table that must know the workload's connections;
-    ``namespace``: the workload's own network namespace, to be attached to ``namespace_parent`` on the destination."""
+    ``namespace``: the workload's own network namespace, to be attached to ``namespace_parent`` on the destination;
+    ``trees``: the directories that are to be copied, or that both hosts share."""
 
     id: str
     workload: WorkloadSpec
@@ -121,6 +122,7 @@ class MigrationPlan:
     track_connections: bool = False
     namespace: NamespaceFacts | None = None
     namespace_parent: str = ""
+    trees: tuple[Tree, ...] = ()
 
     @property
     def mover_s(self) -> float:

@@ -166,7 +166,7 @@ def test_bad_ssh_targets(text: str) -> None:
         ),
         (
             HOSTS + WORKLOADS.replace("bundle", 'files = "synced"\nbundle'),
-            'workloads.counter.files: \'synced\' is none of "unchecked", "shared", "present"',
+            'workloads.counter.files: \'synced\' is none of "unchecked", "shared", "present", "sync"',
         ),
         (HOSTS + WORKLOADS + 'volumes = "/srv"\n', "workloads.echo.volumes: must be a list of sections; write [[work"),
         (HOSTS + WORKLOADS + VOLUME + 'pth = "/"\n', "workloads.echo.volumes[0].pth: unknown key; did you mean 'path'"),
