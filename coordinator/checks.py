@@ -321,6 +321,42 @@ CHECKS: dict[str, Check] = {
             "Add a rule there that accepts the port, before the one that drops it.",
         ),
         Check(
+            "RSYNC_MISSING", "error", 'files = "sync", and a host has no rsync.', "Install rsync ≥ 3.2 on both hosts."
+        ),
+        Check(
+            "FILES_MISSING",
+            "error",
+            "A directory of the workload is not there on the destination, and nothing copies it there.",
+            'Put it there, or mount it; or have it copied: files = "sync".',
+        ),
+        Check(
+            "FILES_DIFFER",
+            "error",
+            "A directory that is said to be present on both hosts has other content there.",
+            'Make the two the same; or have it copied: files = "sync".',
+        ),
+        Check(
+            "FILES_NOT_SHARED",
+            "error",
+            "A directory that is said to be shared is other storage on the destination, or that could not be told.",
+            'Mount the same storage on both hosts; or have it copied: files = "sync".',
+        ),
+        Check(
+            "FILES_IN_THE_WAY",
+            "error",
+            "A directory that is to be copied exists on the destination, with content that no move has left there.",
+            "Look at what it is, and move it away or empty the directory.",
+        ),
+        Check(
+            "FILES_UNUSABLE", "error", "A directory of the workload cannot be used.", "The message says what to mend."
+        ),
+        Check(
+            "DISK_FULL",
+            "error",
+            "A directory that is to be copied does not fit into the destination's file system.",
+            "Make room there, or mount a larger file system.",
+        ),
+        Check(
             "LEFTOVER_CUTS_SERVICE",
             "error",
             "A rule or table was left behind that would cut the moved service.",
@@ -352,5 +388,7 @@ OBSTACLES: dict[str, str] = {
     "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",
     "PODMAN_RESTARTS": "podman starts the container anew, or removes it, when its processes end: also after a move.",
     "PODMAN_SHM": "The container has files in /dev/shm, which podman keeps on the host.",
+    "VOLUME_NOT_MOUNTED": "The configuration names a volume that the container does not have.",
+    "ROOT_STAYS": "The container writes to a root file system that the runtime keeps by itself (podman).",
     "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream.",
 }

@@ -7,6 +7,7 @@ file itself is whether the key files it names exist. docs/configuration.md descr
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,7 +17,15 @@ from typing import Any, Literal, cast, get_args
 
 from coordinator.config_section import Problems, Section, address_of, cidr, did_you_mean, ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import CONTAINER_RUNTIMES, OCI_RUNTIMES, MoverSpec, RouterSpec, WorkloadSpec
+from coordinator.facts import (
+    CONTAINER_RUNTIMES,
+    OCI_RUNTIMES,
+    FilesKind,
+    MoverSpec,
+    RouterSpec,
+    VolumeSpec,
+    WorkloadSpec,
+)
 from coordinator.protocol import Deadlines, GiveUpMode, MemoryPolicy, Mode
 from coordinator.wire import encode
 
@@ -40,7 +49,11 @@ WORKLOAD_KEYS = (
     *dict.fromkeys(key for keys in RUNTIME_KEYS.values() for key in keys),
     "mover",
     *(key for keys in MOVER_KEYS.values() for key in keys),
+    "files",
+    "volumes",
 )
+VOLUME_KEYS = ("path", "files")
+FILES_KINDS = get_args(FilesKind)
 MODES = ("auto", *get_args(Mode))
 GIVE_UPS = get_args(GiveUpMode)
 POLICY_KEYS = (*Deadlines.__dataclass_fields__, *MemoryPolicy.__dataclass_fields__)
@@ -220,6 +233,7 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
     runtime = section.text("runtime", 'runtime = "runc"')
     addresses = _service_addresses(section)
     mover = _mover(section)
+    files, volumes = _files(section)
     if runtime is None:
         return None
     if runtime not in RUNTIME_KEYS:
@@ -237,11 +251,42 @@ def _workload(name: str, section: Section) -> WorkloadSpec | None:
             container=section.text("container", 'container = "counter"', pattern=_CONTAINER),
             bundle=section.absolute("bundle", 'bundle = "/srv/counter"') if runtime in OCI_RUNTIMES else None,
             mover=mover,
+            files=files,
+            volumes=volumes,
         )
+    if files != "unchecked":
+        what = f"of a process nobody knows the directories; name each in [[workloads.{name}.volumes]]"
+        section.problem("files", f'not allowed with runtime = "process": {what}')
     pid_file, root_pid = _process(section)
     return WorkloadSpec(
-        name=name, runtime="process", addresses=addresses, pid_file=pid_file, root_pid=root_pid, mover=mover
+        name=name,
+        runtime="process",
+        addresses=addresses,
+        pid_file=pid_file,
+        root_pid=root_pid,
+        mover=mover,
+        volumes=volumes,
     )
+
+
+def _files(section: Section) -> tuple[FilesKind, tuple[VolumeSpec, ...]]:
+    files = section.choice("files", FILES_KINDS, "unchecked")
+    volumes: dict[str, VolumeSpec] = {}
+    for number, entry in enumerate(section.sections("volumes", VOLUME_KEYS)):
+        path = entry.absolute("path", 'path = "/srv/counter/data"')
+        entry.text("files", 'files = "sync"')
+        kind = entry.choice("files", FILES_KINDS, "unchecked")
+        if path is None:
+            continue
+        path = posixpath.normpath(path)
+        if other := next((known for known in volumes if _overlap(known, path)), None):
+            section.problem(f"volumes[{number}]", f"{path} and {other} are one in the other; remove one of them")
+        volumes[path] = VolumeSpec(path=path, files=cast(Any, kind))
+    return cast(Any, files), tuple(volumes.values())
+
+
+def _overlap(one: str, other: str) -> bool:
+    return posixpath.commonpath((one, other)) in (one, other)
 
 
 def _keys_of_others(section: Section, key: str, chosen: str, known: Mapping[str, tuple[str, ...]]) -> None:

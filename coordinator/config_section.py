@@ -77,6 +77,15 @@ class Section:
             value = {}
         return Section(self._problems, path, value, known)
 
+    def sections(self, key: str, known: tuple[str, ...]) -> tuple[Section, ...]:
+        """The sections of the list ``key``, each of which begins with ``[[…]]``; none where there is no such key."""
+        value = self.table.get(key, [])
+        path = f"{self._path}.{key}"
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            self.problem(key, f"must be a list of sections; write [[{path}]] above the keys of each")
+            return ()
+        return tuple(Section(self._problems, f"{path}[{n}]", each, known) for n, each in enumerate(value))
+
     def text(
         self, key: str, example: str, *, required: bool = True, pattern: re.Pattern[str] | None = None
     ) -> str | None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import TypeVar
 
+from coordinator.compare_files import compare_files
 from coordinator.config import Configuration, Host
 from coordinator.errors import LivemoveError
 from coordinator.events import EventSink
-from coordinator.facts import FirewallDrop, HostFacts, MoverFacts, MoverSpec, WorkloadSpec
+from coordinator.facts import FilesFacts, FirewallDrop, HostFacts, MoverFacts, MoverSpec, WorkloadSpec
 from coordinator.findings import Finding, errors_of, from_error, in_order
 from coordinator.move_facts import MoveFacts, running_on, service_ports
 from coordinator.plan import FrameBuilder
@@ -149,6 +150,8 @@ async def survey(
         lost |= unknown
     answers: dict[str, tuple[str, ...]] = {}
     firewall: tuple[FirewallDrop, ...] = ()
+    files: dict[str, FilesFacts] = {}
+    differing: dict[str, str] = {}
     if destination.name in hosts and running and running[0] != destination.name:
         try:
             session = sessions.open[destination.name]
@@ -156,8 +159,10 @@ async def survey(
             services = service_ports(workload, workloads[running[0]])
             asked = AskFirewall(interface=destination.interface, services=services)
             firewall = (await session.call(asked, DESCRIBE_S)).drops
+            ends = {name: sessions.open[name] for name in (running[0], destination.name)}
+            files, differing = await compare_files(ends, workload.name, workloads[running[0]].trees)
         except LivemoveError as error:
-            lost[destination.name] = error  # not knowing who has the address, or what is dropped, forbids the move
+            lost[destination.name] = error  # not knowing who has the address, what is dropped, or what files are there
     facts = MoveFacts(
         workload=workload,
         destination=destination.name,
@@ -169,6 +174,8 @@ async def survey(
         answers=answers,
         movers=movers,
         firewall=firewall,
+        files=files,
+        differing=differing,
     )
     return Survey(facts, move_findings(facts))
 

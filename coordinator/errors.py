@@ -297,6 +297,22 @@ class TrackingFailed(LivemoveError):
     default_hint = "The message says what stands in the way; `--mode stop-copy` moves without looking at pages before."
 
 
+class FilesNotCopied(LivemoveError):
+    """The workload's files could not be made equal on the destination."""
+
+    code = "FILES_NOT_COPIED"
+    exit_code = ExitCode.ROLLED_BACK
+    default_hint = "The message has rsync's first complaint: room, rights, or a file system that lacks something."
+
+
+class FilesChanged(LivemoveError):
+    """While the service was frozen somebody else wrote to its files, so that no copy of them can be trusted."""
+
+    code = "FILES_CHANGED"
+    exit_code = ExitCode.ROLLED_BACK
+    default_hint = "Find out who writes there (backup, log rotation, another service), and stop that for the move."
+
+
 class NotConverging(LivemoveError):
     """The service writes faster than its memory can be copied, and the policy says to give up then."""
 

@@ -32,9 +32,61 @@ class MoverSpec:
     hook: str = ""
 
 
+#: How a directory of a workload gets to another host: nobody looks; it is the same storage there; the same content is
+#: there; or it is copied.
+FilesKind = Literal["unchecked", "shared", "present", "sync"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeSpec:
+    """A directory of the host that goes another way than the rest of its workload's files."""
+
+    path: str
+    files: FilesKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A directory of the host, ``path``, that the workload sees at ``inside``; ``root``: as its root file system."""
+
+    path: str
+    inside: str
+    files: FilesKind
+    root: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeFacts:
+    """A tree as one host sees it. ``left_over``: an earlier move of this workload has left it here. ``problem``: why it
+    cannot be used. ``probe_seen``: the file that the other host has put into it is here. ``digest``: of names, content,
+    owners, modes and extended attributes (``present``). ``used_bytes`` and ``entries`` are what it takes here
+    (``sync``); ``free_bytes`` and ``free_entries`` what could be added; its parent's, if it is absent."""
+
+    path: str
+    state: Literal["absent", "empty", "filled"]
+    problem: str = ""
+    left_over: bool = False
+    probe_seen: bool = False
+    digest: str = ""
+    used_bytes: int = 0
+    entries: int = 0
+    free_bytes: int = 0
+    free_entries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilesFacts:
+    """A workload's trees on one host, in the order they were asked for. ``rsync`` is its version, empty if there is
+    none."""
+
+    rsync: str
+    trees: tuple[TreeFacts, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSpec:
-    """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form."""
+    """What is to be moved, as the configuration has it. ``addresses`` are the service addresses in CIDR form. ``files``
+    is how its directories get to another host, but for those in ``volumes``."""
 
     name: str
     runtime: RuntimeName
@@ -44,6 +96,8 @@ class WorkloadSpec:
     pid_file: str | None = None
     root_pid: int | None = None
     mover: MoverSpec = field(default_factory=MoverSpec)
+    files: FilesKind = "unchecked"
+    volumes: tuple[VolumeSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +250,7 @@ class WorkloadFacts:
     this host has to the interfaces it is on. ``moving`` is the id of a migration of it that is unfinished here.
     ``runtime_problem``: why the runtime's word is not to be trusted. ``namespace``: its own network namespace, where it
     has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
-    it."""
+    it. ``trees``: its directories that somebody has to look at, where it runs."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0
@@ -213,3 +267,4 @@ class WorkloadFacts:
     moving: str = ""
     namespace: NamespaceFacts | None = None
     namespace_taken: str = ""
+    trees: tuple[Tree, ...] = ()

@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_interface
 from typing import Literal
 
 from coordinator.errors import LivemoveError
-from coordinator.facts import FirewallDrop, HostFacts, MoverFacts, ServicePort, WorkloadFacts, WorkloadSpec
+from coordinator.facts import FilesFacts, FirewallDrop, HostFacts, MoverFacts, ServicePort, WorkloadFacts, WorkloadSpec
 from coordinator.protocol import SelfTestResult
 
 
@@ -21,6 +21,8 @@ class MoveFacts:
     ``workloads``: of each host that answered; ``unreachable``: why the others did not. ``answers``: for each service
     address (without prefix length) the MACs that answered the destination; an absent address was not asked for.
     ``movers``: each end of a mover that is not l2. ``firewall``: the service's ports that the destination drops.
+    ``files``: the workload's trees on source and destination, in the order of the source's ``WorkloadFacts.trees``;
+    ``differing``: for a tree whose digests differ, by its path, the first entry that does, and how.
     """
 
     workload: WorkloadSpec
@@ -33,6 +35,8 @@ class MoveFacts:
     answers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     movers: Mapping[str, MoverFacts] = field(default_factory=dict)
     firewall: tuple[FirewallDrop, ...] = ()
+    files: Mapping[str, FilesFacts] = field(default_factory=dict)
+    differing: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> str | None:

@@ -97,6 +97,7 @@ def make_plan(
         memory=replace(policy.memory, mode=memory_mode(policy, source_facts)),
         track_connections=destination_facts.tracks_connections,
         namespace=namespace,
+        trees=tuple(tree for tree in workload_facts.trees if tree.files != "present"),
         namespace_parent=namespace_parent(namespace, source.interface, destination.interface) if namespace else "",
     )
 

@@ -24,6 +24,7 @@ from coordinator.findings import Finding, finding, from_error, from_obstacle, in
 from coordinator.move_facts import MoveFacts, running_on
 from coordinator.plan import id_part, image_space_bytes, namespace_parent
 from coordinator.preflight_addresses import address_findings
+from coordinator.preflight_files import file_findings
 from coordinator.preflight_namespace import namespace_findings
 from coordinator.preflight_runtime import runtime_findings
 from coordinator.protocol import SelfTestResult
@@ -150,6 +151,7 @@ def move_findings(facts: MoveFacts) -> tuple[Finding, ...]:
     if destination in facts.workloads:
         found += _destination(facts, facts.workloads[source], facts.workloads[destination])
     found += address_findings(facts, source)
+    found += file_findings(facts, source)
     return in_order(found)
 
 

@@ -10,9 +10,10 @@ raise ``VERSION`` with every change that an older side would misread.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from coordinator.facts import (
+    FilesFacts,
     FirewallDrop,
     HostFacts,
     MoverFacts,
@@ -20,6 +21,7 @@ from coordinator.facts import (
     NamespaceFacts,
     ServicePort,
     SocketFacts,
+    Tree,
     WorkloadFacts,
     WorkloadSpec,
 )
@@ -105,7 +107,8 @@ class MigrationPlan:
     """All that the halves need; nothing else is asked of the coordinator once they are prepared. ``expected_pids`` are
     the pids and thread ids of the workload on the source, the root's first;
     ``track_connections``: the destination has a connection table that must know the workload's connections;
-    ``namespace``: the workload's own network namespace, to be attached to ``namespace_parent`` on the destination."""
+    ``namespace``: the workload's own network namespace, to be attached to ``namespace_parent`` on the destination;
+    ``trees``: the directories that are to be copied, or that both hosts share."""
 
     id: str
     workload: WorkloadSpec
@@ -119,6 +122,7 @@ class MigrationPlan:
     track_connections: bool = False
     namespace: NamespaceFacts | None = None
     namespace_parent: str = ""
+    trees: tuple[Tree, ...] = ()
 
     @property
     def mover_s(self) -> float:
@@ -226,6 +230,33 @@ class AskFirewall(Request[FirewallDrops]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DescribeFiles(Request[FilesFacts]):
+    """Say what a workload's trees are on this host. ``nonce`` names the probes in what is shared: with ``offer`` they
+    are made first, and stay until ``WithdrawProbes`` or the end of the session. Else it is read-only."""
+
+    workload: str
+    trees: tuple[Tree, ...]
+    nonce: str
+    offer: bool
+    reply: ClassVar[type] = FilesFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """A digest of each entry of a tree, by its path in the tree; gzipped JSON."""
+
+    entries: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListTree(Request[Listing]):
+    """List a tree, so that two can be compared. Read-only."""
+
+    path: str
+    reply: ClassVar[type] = Listing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DestinationReady:
     """The destination half is prepared and listens for the source half."""
 
@@ -244,6 +275,13 @@ class PrepareDestination(Request[DestinationReady]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """Nothing to tell but that it is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithdrawProbes(Request[Done]):
+    """Remove what ``DescribeFiles`` has put into shared trees."""
+
+    reply: ClassVar[type] = Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,20 +388,5 @@ class Recover(Request[HalfResult]):
     reply: ClassVar[type] = HalfResult
 
 
-REQUESTS: dict[str, type[Request[object]]] = {
-    kind.__name__: kind  # type: ignore[misc]
-    for kind in (
-        DescribeHost,
-        DescribeWorkload,
-        RunSelfTest,
-        WhoAnswers,
-        DescribeMover,
-        AskFirewall,
-        PrepareDestination,
-        PrepareSource,
-        RunHalf,
-        Abort,
-        ListMigrations,
-        Recover,
-    )
-}
+# A dataclass with slots is a second class of its name, made after the first: it is the one that stays.
+REQUESTS: dict[str, type[Request[Any]]] = {kind.__name__: kind for kind in Request.__subclasses__()}

@@ -30,6 +30,7 @@ class Workload:
     router_key: str | None = None
     router_known_hosts: str | None = None
     hook: str | None = None
+    files: str | None = None
     network: Literal["host", "veth", "macvlan"] = "host"  # a container: a network namespace of its own, attached so
 
     @property
@@ -49,6 +50,7 @@ class Workload:
             "router_key": self.router_key,
             "router_known_hosts": self.router_known_hosts,
             "hook": self.hook,
+            "files": self.files,
         }
         return _section(f"workloads.{self.name}", fields)
 

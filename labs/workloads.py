@@ -29,11 +29,17 @@ PORT = 7000
 CODE = "/srv/pattern"
 """Where the service's files are on every host, and, through the container's root, in the container."""
 
+DATA_SIZE = "512m"
+BOOKKEEPER = "labs.programs.bookkeeper"
+LEFT_OVER = "/var/lib/livemove/left-over"
+"""What livemove remembers on a host of files that are old there."""
+
 LISTEN_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 SERVICE_FILES = (
     "__init__.py",
     "ballast.py",
+    "bookkeeper.py",
     "datagram_server.py",
     "household.py",
     "memory_regions.py",
@@ -65,6 +71,11 @@ class Workload(config.Workload):
     @property
     def listens_on(self) -> list[str]:
         return [str(ipaddress.ip_interface(address).ip) for address in self.addresses]
+
+    @property
+    def data(self) -> str:
+        """The directory of the host that a container has as /mnt."""
+        return f"{self.bundle}/data"
 
     @property
     def command(self) -> list[str]:
@@ -111,6 +122,10 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
             undo.callback(machine.run, ["ip", "address", "del", address, "dev", INTERFACE], check=False)
         _forget_neighbours(lab, workload)
         undo.callback(_end, machine, workload)
+        if workload.program == "bookkeeper":
+            # Another file system than the host's root: that one, an overlay, tells nobody what changes in it.
+            _shell(machine, f"mkdir -p {workload.data} && mount -t tmpfs -o size={DATA_SIZE} data {workload.data}")
+            machine.run(["env", f"PYTHONPATH={CODE}", "python3", "-m", BOOKKEEPER, "--furnish", workload.data])
         if workload.container:
             _run_container(machine, workload)
         else:
@@ -124,6 +139,10 @@ def stop(lab: Lab, workload: Workload) -> None:
     for station in HOSTS:
         machine = lab.host(station.name)
         _end(machine, workload)
+        if workload.program == "bookkeeper":
+            _shell(
+                machine, f"umount {workload.data} 2>/dev/null; rm -rf {workload.data} {LEFT_OVER}/{workload.name}.json"
+            )
         if workload.netns:
             machine.run(["ip", "netns", "delete", workload.netns], check=False)
             continue
@@ -168,9 +187,9 @@ def _install_bundle(machine: Host, workload: Workload) -> None:
         netns=workload.netns,
     )
     if workload.program == "household":
-        data = f"{workload.bundle}/data"
-        _shell(machine, f"mkdir -p {data} && touch --date=@0 {data}/locked")
-        description = oci.with_a_household(description, data)
+        _shell(machine, f"mkdir -p {workload.data} && touch --date=@0 {workload.data}/locked")
+    if workload.program in ("household", "bookkeeper"):
+        description = oci.with_a_household(description, workload.data)
     put_bundle(machine, workload, description)
 
 

@@ -12,6 +12,9 @@ from coordinator.agent import priority
 from coordinator.agent.channel import Channel, Listener, connect
 from coordinator.agent.criu import HeldCriu
 from coordinator.agent.destination import DestinationHalf
+from coordinator.agent.files.left_over import LeftOver
+from coordinator.agent.files.source import SyncedFiles
+from coordinator.agent.files.target import ReceivedFiles
 from coordinator.agent.half import Adapters
 from coordinator.agent.images import RUN_DIR, TmpfsImageSpace
 from coordinator.agent.memory.choose import choose_tracker
@@ -64,6 +67,7 @@ def runtime_of(workload: WorkloadSpec, expected_pids: tuple[int, ...] = ()) -> R
 def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
     """The doors of a half to this host."""
     images = TmpfsImageSpace(plan.id, places.run)
+    left_over = LeftOver(places.state, plan.workload.name)
     return Adapters(
         runtime=runtime_of(plan.workload, plan.expected_pids),
         criu=HeldCriu(images.work, images.images),
@@ -75,6 +79,8 @@ def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
         start_time=start_time,
         mend=mend_segment_sizes,
+        files_source=lambda: SyncedFiles(plan.trees, left_over, images.work),
+        files_target=lambda: ReceivedFiles(plan.trees, left_over, images.work),
     )
 
 

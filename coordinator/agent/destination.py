@@ -62,10 +62,13 @@ class DestinationHalf(HalfWithMemory):
             "memory": self._end_memory,
             "namespace": lambda _: self.network.remove_namespace(),
             "connections": lambda _: self.network.forget_connections(),
+            "files": self._remove_files,
         }
 
     async def prepare(self) -> None:
         """Image space, then a closed gate, and only behind it the addresses: nobody learns that they are here."""
+        self.deeds.record("files", before=self.files.look())
+        self.files.make()
         await self.runtime.prepare_restore()
         self.deeds.record("image_space")
         await self.images.create(self.plan.image_space_bytes)
@@ -142,7 +145,7 @@ class DestinationHalf(HalfWithMemory):
         self.adapters.pace("background")
         before_divert_s = deadlines.accept_s + deadlines.close_s
         async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
-            await receive_rounds(self._link(), self.images, self._memory, self._track)
+            await receive_rounds(self._link(), self.images, self._memory, self._track, self.files)
         after_divert_s = deadlines.accept_s + 2 * self.plan.mover_s
         async with asyncio.timeout(deadlines.connect_s + after_divert_s + deadlines.freeze_s):
             await self._until_restored()
@@ -154,7 +157,9 @@ class DestinationHalf(HalfWithMemory):
             restore = await self._load_restore()
         self.enter(Phase.FROZEN)
         self.part("told of the freeze")
-        pages_later, self._received_bytes = await receive_images(self._link(), self.images, self._memory, self._track)
+        pages_later, self._received_bytes = await receive_images(
+            self._link(), self.images, self._memory, self._track, self.files
+        )
         self.enter(Phase.DUMPED)
         self.part("dump, pages and images arrive")
         self._fetcher = PageFetcher(self._link()) if pages_later else None
@@ -328,9 +333,10 @@ class DestinationHalf(HalfWithMemory):
             if not self.deeds.recorded("mover"):  # one that was in doubt had let go of them
                 await self._draw_packets()
             self.warn(*await self.network.released({each.remote for each in self._sockets if each.remote_port}))
+            self.files.claim()
         except (LivemoveError, OSError) as error:
-            self.warn(f"announcing on {self.host}: {error}")
-        self.warn(*await self.deeds.undo(keep=("addresses", "mover", "restore", "connections", "namespace")))
+            self.warn(f"after the move, on {self.host}: {error}")
+        self.warn(*await self.deeds.undo(keep=("addresses", "mover", "restore", "connections", "namespace", "files")))
         self.finished(Phase.RELEASED)
         return self.result("moved", root_pid=self._root_pid, frozen_bytes=self._received_bytes, sockets=self._sockets)
 

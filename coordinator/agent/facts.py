@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import platform
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from coordinator.agent.files.left_over import LeftOver
+from coordinator.agent.files.looking import describe_tree
+from coordinator.agent.files.trees import missing_source, tree_obstacles, trees_of
 from coordinator.agent.images import memory_available_bytes
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.network import socket_facts, tree_socket_inodes
@@ -24,11 +28,13 @@ from coordinator.errors import CommandFailed
 from coordinator.facts import (
     CONTAINER_RUNTIMES,
     CriuFacts,
+    FilesFacts,
     FirewallDrop,
     HostFacts,
     InterfaceFacts,
     LeftoverFacts,
     ServicePort,
+    Tree,
     WorkloadFacts,
     WorkloadSpec,
 )
@@ -197,11 +203,12 @@ async def describe_workload(
     except CommandFailed as error:
         report(str(error))
         return WorkloadFacts(state="absent", addresses=addresses, runtime_problem=error.message, moving=moving)
+    trees = trees_of(workload, definition.mounts)
     common = {
         "addresses": addresses,
         "moving": moving,
         "bundle_present": definition.present,
-        "bundle_problem": definition.problem,
+        "bundle_problem": definition.problem or missing_source(definition.mounts, trees),
         "bundle_digest": definition.digest,
     }
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
@@ -234,14 +241,29 @@ async def describe_workload(
         sockets=socket_facts(owned_by(records, inodes)),
         executable=_executable(tasks.root_pid),
         namespace=own.facts,
+        trees=trees,
         obstacles=(
             *([own.obstacle] if own.obstacle is not None else []),
             *definition.obstacles,
+            *tree_obstacles(workload, definition.mounts),
             *obstacles(workload, tree, missing_capabilities()),
             *socket_obstacles(found),
         ),
         **common,  # type: ignore[arg-type]
     )
+
+
+async def describe_files(trees: tuple[Tree, ...], left_over: LeftOver, nonce: str) -> FilesFacts:
+    """The trees of a workload on this host; see ``protocol.DescribeFiles``."""
+    found = [await asyncio.to_thread(describe_tree, tree, left_over, nonce) for tree in trees]
+    return FilesFacts(rsync=await rsync_version(), trees=tuple(found))
+
+
+async def rsync_version() -> str:
+    """The version of rsync; empty if there is none."""
+    if shutil.which("rsync") is None:
+        return ""
+    return (await run(["rsync", "--version"])).stdout.split()[2]
 
 
 def _stray(workload: WorkloadSpec) -> str:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from coordinator.agent.criu import Checkpointer
 from coordinator.agent.deeds import Deeds, Undoer
+from coordinator.agent.files.base import FilesSource, FilesTarget
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import FillingMemory
@@ -42,6 +43,8 @@ class Adapters:
     wait_gone: Callable[[int, int], Coroutine[Any, Any, bool]]
     start_time: Callable[[int], int | None]
     mend: Callable[[int], Coroutine[Any, Any, None]]
+    files_source: Callable[[], FilesSource]
+    files_target: Callable[[], FilesTarget]
 
 
 class Half:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from coordinator.agent.channel import Channel, peer_aborted
+from coordinator.agent.files.base import FilesTarget
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.filling import FillingMemory
 from coordinator.agent.memory.store import PAGE_BYTES
@@ -19,6 +20,7 @@ from coordinator.agent.messages import (
     RoundStored,
     SmallImages,
     StoredParts,
+    SyncBegin,
     TrackedConnections,
 )
 from coordinator.errors import ProtocolError
@@ -29,7 +31,9 @@ _PAGES_AT_ONCE = 1024
 Track = Callable[[bytes], Awaitable[None]]
 
 
-async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track) -> None:
+async def receive_rounds(
+    link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track, files: FilesTarget
+) -> None:
     """Store what the copying source sends, and what a runtime has written before its dump, until ``Divert``."""
     while True:
         message, payload = await link.receive()
@@ -39,6 +43,8 @@ async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemor
             _write(message, payload, images)
         elif isinstance(message, TrackedConnections):
             await _track(link, track, message, payload)
+        elif isinstance(message, SyncBegin):
+            await files.receive(link, message)
         elif isinstance(message, RoundEnd):
             if memory is not None:
                 memory.take(message, payload)
@@ -50,7 +56,7 @@ async def receive_rounds(link: Channel, images: ImageSpace, memory: FillingMemor
 
 
 async def receive_images(
-    link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track
+    link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track, files: FilesTarget
 ) -> tuple[bool, int]:
     """Receive the images and the last pages: whether more pages are to be fetched later, and the images' bytes."""
     received = 0
@@ -63,6 +69,8 @@ async def receive_images(
             received += len(payload)
         elif isinstance(message, TrackedConnections):
             await _track(link, track, message, payload)
+        elif isinstance(message, SyncBegin):
+            await files.receive(link, message)
         elif isinstance(message, StoredParts) and memory is not None:
             await asyncio.to_thread(_write_stored, message, images, memory)
         elif isinstance(message, ImagesComplete):

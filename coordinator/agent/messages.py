@@ -188,5 +188,27 @@ class FilledIn(ChannelMessage):
     """Destination: every page is in the tasks; the frozen source is needed no more."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncBegin(ChannelMessage):
+    """Source: a pass over the plan's tree of that number begins, for which the destination starts rsync with these
+    arguments. ``SyncBytes`` follow from both sides, until each has sent one without a payload; then ``SyncEnded``."""
+
+    tree: int
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncBytes(ChannelMessage):
+    """Either side: the payload is what rsync says to the other one; empty at its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncEnded(ChannelMessage):
+    """Destination: rsync has ended with that status (rsync(1), EXIT VALUES), and what it complained of."""
+
+    status: int
+    said: str
+
+
 # A dataclass with slots is a second class of its name, made after the first: it is the one that stays.
 CHANNEL_MESSAGES: dict[str, type[ChannelMessage]] = {kind.__name__: kind for kind in ChannelMessage.__subclasses__()}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from coordinator.errors import CommandFailed, DeadlineExceeded
 
+PIPE_BYTES = 256 * 1024
 _HARMLESS = "Can't setup RLIMIT_NOFILE for self"
 
 
@@ -92,6 +93,67 @@ async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) 
     finally:
         os.close(descriptor)
     return Running(command, process)
+
+
+class Piped(Running):
+    """A command that talks to us on its standard input and output, in bytes."""
+
+    def __init__(self, command: Command, process: asyncio.subprocess.Process) -> None:
+        super().__init__(command, process)
+        self.reader = asyncio.StreamReader(limit=PIPE_BYTES)
+
+    async def open(self, ours_in: int, ours_out: int) -> None:
+        """Take our ends of the pipes."""
+        loop = asyncio.get_running_loop()
+        protocol = asyncio.StreamReaderProtocol(self.reader)
+        self._read_end, _ = await loop.connect_read_pipe(lambda: protocol, os.fdopen(ours_in, "rb", 0))
+        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
+        transport, _ = await loop.connect_write_pipe(lambda: protocol, os.fdopen(ours_out, "wb", 0))
+        self.writer = asyncio.StreamWriter(transport, protocol, None, loop)
+
+    async def feed(self, data: bytes) -> None:
+        """Write to its input, which ends with nothing. One that has ended takes no more."""
+        if self.writer.transport.is_closing():
+            return
+        with contextlib.suppress(OSError):
+            self.writer.write(data) if data else self.writer.close()
+            await self.writer.drain()
+
+    def close(self) -> None:
+        """End it, if it has not ended, and close our ends. Idempotent."""
+        self.kill()
+        if not self.writer.transport.is_closing():
+            self.writer.transport.abort()
+        self._read_end.close()
+
+
+async def start_piped(command: Command, folder: str, complaints: Path) -> Piped:
+    """Start a command in ``folder`` with pipes for input and output; standard error goes to the file ``complaints``.
+
+    Pipes, because a program may open its own again by way of /proc, which no socket can be."""
+    _leave_stops_alone()
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    errors = os.open(complaints, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command.argv,
+            stdin=theirs_in,
+            stdout=theirs_out,
+            stderr=errors,
+            cwd=folder,
+            env={**os.environ, **command.environment},
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(ours_in)
+        os.close(ours_out)
+        raise CommandFailed(f"{command}: {error.strerror}") from error
+    finally:
+        for descriptor in (theirs_in, theirs_out, errors):
+            os.close(descriptor)
+    piped = Piped(command, process)
+    await piped.open(ours_in, ours_out)
+    return piped
 
 
 def _leave_stops_alone() -> None:

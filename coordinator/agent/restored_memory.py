@@ -8,24 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import cached_property
 from typing import Any
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.criu import Restore
+from coordinator.agent.files.base import FilesTarget
 from coordinator.agent.half import Half, as_livemove_error
 from coordinator.agent.memory.fetching import PageFetcher
 from coordinator.agent.memory.filling import FillingMemory
 from coordinator.agent.messages import FilledIn
-from coordinator.errors import AgentFailed, ChannelFailed, InDoubt, LivemoveError, MemoryLost, RestoreFailed
+from coordinator.errors import (
+    AgentFailed,
+    ChannelFailed,
+    FilesNotCopied,
+    InDoubt,
+    LivemoveError,
+    MemoryLost,
+    RestoreFailed,
+)
 
 
 class HalfWithMemory(Half):
-    """What a destination half knows of memory. A recovery has none, but may find another agent's guard."""
+    """What a destination half knows of memory, and of files, which are all there before the tasks run. A recovery has
+    no memory, but may find another agent's guard."""
 
     channel: Channel | None = None
     _restore: Restore | None = None
     _memory: FillingMemory | None = None
     _fetcher: PageFetcher | None = None
+
+    @cached_property
+    def files(self) -> FilesTarget:
+        """How files come here."""
+        return self.adapters.files_target()
+
+    async def _remove_files(self, params: dict[str, Any]) -> None:
+        if self.deeds.recorded("restore"):
+            raise FilesNotCopied("they stay, because what was restored, and may have them open, is not gone")
+        await self.files.remove(params["before"])
 
     async def _prepare_memory(self) -> None:
         if self.plan.memory.mode != "stop-copy":

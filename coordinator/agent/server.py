@@ -7,6 +7,7 @@ the switch-over is between the two agents; a half that was only prepared is undo
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import signal
 import sys
@@ -17,12 +18,14 @@ from typing import Any
 from coordinator.agent import facts, movers, recover
 from coordinator.agent.assembly import REAL_PARTS, AnyListener, Parts, Places, runtime_of
 from coordinator.agent.destination import DestinationHalf
+from coordinator.agent.files.left_over import LeftOver
+from coordinator.agent.files.looking import Probes, listing
 from coordinator.agent.half import ANY_REASON, as_livemove_error, uninterrupted
 from coordinator.agent.recent_self_test import recent_self_test
 from coordinator.agent.source import SourceHalf
 from coordinator.errors import AgentFailed, Interrupted, LivemoveError, ProtocolError, WorkloadBusy
 from coordinator.events import Event
-from coordinator.facts import HostFacts, MoverFacts, WorkloadFacts
+from coordinator.facts import FilesFacts, HostFacts, MoverFacts, WorkloadFacts
 from coordinator.journal import Journal, LiveLock, Role
 from coordinator.protocol import (
     LINE_LIMIT_BYTES,
@@ -31,6 +34,7 @@ from coordinator.protocol import (
     Abort,
     Answers,
     AskFirewall,
+    DescribeFiles,
     DescribeHost,
     DescribeMover,
     DescribeWorkload,
@@ -38,7 +42,9 @@ from coordinator.protocol import (
     Done,
     FirewallDrops,
     HalfResult,
+    Listing,
     ListMigrations,
+    ListTree,
     MigrationPlan,
     MigrationRecords,
     PrepareDestination,
@@ -48,6 +54,7 @@ from coordinator.protocol import (
     RunSelfTest,
     SelfTestResult,
     WhoAnswers,
+    WithdrawProbes,
 )
 from coordinator.wire import decode, encode
 from netfix.frames import PacketFramePort
@@ -85,6 +92,7 @@ class Agent:
         self._parts = parts
         self._send = send
         self._owned: Owned | None = None
+        self._probes = Probes()
         self._lingering: list[asyncio.Future[None]] = []
         self._handlers: dict[type, Callable[[Any], Awaitable[object]]] = {
             DescribeHost: self._describe_host,
@@ -93,6 +101,9 @@ class Agent:
             WhoAnswers: self._who_answers,
             DescribeMover: self._describe_mover,
             AskFirewall: self._ask_firewall,
+            DescribeFiles: self._describe_files,
+            ListTree: self._list_tree,
+            WithdrawProbes: self._withdraw_probes,
             PrepareDestination: self._prepare_destination,
             PrepareSource: self._prepare_source,
             RunHalf: self._run_half,
@@ -128,6 +139,7 @@ class Agent:
     async def session_lost(self) -> None:
         """The coordinator is gone and all calls have ended: undo what was only prepared. A half that runs beyond the
         deadline of its call goes on to its end."""
+        self._probes.withdraw()
         if self._owned is not None and self._owned.run is not None:
             await asyncio.wait((self._owned.run,))
         await self._undo_prepared(Interrupted("the coordinator went away before the move began"))
@@ -165,6 +177,21 @@ class Agent:
 
     async def _ask_firewall(self, request: AskFirewall) -> FirewallDrops:
         return FirewallDrops(drops=facts.firewall_drops(request.interface, request.services))
+
+    async def _describe_files(self, request: DescribeFiles) -> FilesFacts:
+        problems = self._probes.offer(request.trees, request.nonce) if request.offer else {}
+        left_over = LeftOver(self._places.state, request.workload)
+        found = await facts.describe_files(request.trees, left_over, request.nonce)
+        named = (replace(each, problem=each.problem or problems.get(each.path, "")) for each in found.trees)
+        return replace(found, trees=tuple(named))
+
+    async def _list_tree(self, request: ListTree) -> Listing:
+        entries = await asyncio.to_thread(listing, request.path)
+        return Listing(entries=gzip.compress(json.dumps(entries).encode(), compresslevel=1))
+
+    async def _withdraw_probes(self, _: WithdrawProbes) -> Done:
+        self._probes.withdraw()
+        return Done()
 
     async def _prepare_destination(self, request: PrepareDestination) -> DestinationReady:
         owned = self._own(request.plan, "destination")

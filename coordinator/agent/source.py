@@ -14,6 +14,7 @@ from typing import Any
 from coordinator.agent.channel import Channel, expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
+from coordinator.agent.files.base import FilesSource
 from coordinator.agent.half import ANY_REASON, Half, as_livemove_error, uninterrupted
 from coordinator.agent.handing_back import HandBack
 from coordinator.agent.memory.convergence import Kind
@@ -67,6 +68,11 @@ class SourceHalf(Half):
         return self.adapters.memory_source(self.plan.memory)
 
     @cached_property
+    def files(self) -> FilesSource:
+        """How files get to the destination."""
+        return self.adapters.files_source()
+
+    @cached_property
     def tracked(self) -> TrackedSource:
         """How firewalls on the destination learn of the connections."""
         return TrackedSource(self.network, wanted=self.plan.track_connections)
@@ -93,6 +99,7 @@ class SourceHalf(Half):
 
     async def prepare(self) -> None:
         """Make the image space and an open gate, so that nothing but its state has to change later."""
+        self.files.claim()
         self.deeds.record("image_space")
         await self.images.create(self.plan.image_space_bytes)
         self.deeds.record("gate")
@@ -101,6 +108,7 @@ class SourceHalf(Half):
 
     def let_go(self) -> None:
         """See ``Half``."""
+        self.files.close()
         if self._dump is not None:
             self._dump.let_go()
 
@@ -137,6 +145,9 @@ class SourceHalf(Half):
             await dump.dumped()
             self.enter(Phase.DUMPED)
             self.part("CRIU dumps")
+            await self.files.last(self._root_pid, self._link())
+            if self.files.wanted:
+                self.part("files")
             await self.memory.rest(self._root_pid, self._link())
             self.part("rest of the pages sent")
             await self._send_images()
@@ -146,6 +157,7 @@ class SourceHalf(Half):
             self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
             await self.memory.serve_until(self._link(), Staged)
             self.part("the destination restores")
+            self.files.check_untouched()
         self.enter(Phase.STAGED)
 
     async def _copy(self) -> None:
@@ -155,7 +167,9 @@ class SourceHalf(Half):
         self._root_pid = (await self._running()).root_pid
         await self.settling.notice()
         async with asyncio.timeout(self.plan.deadlines.copy_s):
+            await self.files.copy(self._link())
             await self.memory.copy(self._root_pid, self._link(), self.progress)
+            await self.files.catch_up(self._root_pid, self._link())
         if (decision := self.memory.report.decision) is not None and decision.kind is Kind.GIVE_UP:
             self.warn(f"pre-copy gave up, and the policy says {self.plan.memory.give_up}: {decision.reason}")
 
@@ -254,12 +268,14 @@ class SourceHalf(Half):
         The gate stays closed until the tasks are dead and the address is gone: their sockets' last words would be
         FIN and RST into live connections (I2)."""
         await self._close_memory()
+        self.warn(*self.files.close())
         try:
             network = self.network
             steps = [self._end_dump, self.runtime.forget, network.remove_addresses, network.forget_connections]
             steps += [network.remove_namespace] if self.plan.namespace else []
             for step in steps:
                 await step()
+            self.files.leave()
         except (LivemoveError, OSError, TimeoutError) as error:
             # The gate stays closed: behind it nothing that is left can harm a connection.
             self.warn(f"cleaning up on {self.host}: {error}")
@@ -295,6 +311,7 @@ class SourceHalf(Half):
         """After ABORTED: undo what is not undone yet. Also the way on for a recovery of a roll-back cut short."""
         self.warn(*await self.deeds.undo(only=("dump",)))  # first of all: the tasks run again, behind the gate
         await self._close_memory()
+        self.warn(*self.files.close())
         self.warn(*await self.deeds.undo())
         await self.network.finished()
         self.finished(Phase.ROLLED_BACK)

@@ -30,7 +30,7 @@ for file in /proc/[0-9]*/cmdline; do
     tr '\\0\\n' '  ' <"$file" 2>/dev/null | grep -E 'coordinator[.]agent|criu |(crun|runc|container) (restore|check)' \\
         | cut -c-120 | sed "s,^,process $file: ,"
 done
-find /var/lib/livemove -type f 2>/dev/null | grep -vE '/(source|destination)[.]jsonl$' | sed 's/^/state: /'
+find /var/lib/livemove -type f 2>/dev/null | grep -vE '/(source|destination)[.]jsonl$|/left-over/' | sed 's/^/state: /'
 find /var/cache/livemove -mindepth 1 -maxdepth 1 2>/dev/null | grep -vE '/(agents|self-test.json)$' | sed 's/^/cache: /'
 ip -o address show dev {INTERFACE} | while read -r _ _ _ address _; do echo "address: $address"; done
 true

@@ -17,15 +17,16 @@ HOME = "alpha"
 class Stage:
     """Holds the scene that tests share. Every test finds the service on alpha, with its clients connected."""
 
-    def __init__(self, lab: Lab, workload: str) -> None:
+    def __init__(self, lab: Lab, workload: str, program: str = "pattern_server") -> None:
         self._lab = lab
         self._workload = workload
+        self._program = program
         self._scene: Scene | None = None
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
         """The scene, for one test. After a test that moved the service or failed it is started anew."""
-        scene = self._scene or Scene.start(self._lab, self._workload, HOME)
+        scene = self._scene or Scene.start(self._lab, self._workload, HOME, program=self._program)
         self._scene = scene
         scene.begin_hop()
         try:

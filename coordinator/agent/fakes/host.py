@@ -10,6 +10,7 @@ from coordinator.agent.channel import Channel
 from coordinator.agent.destination import DestinationHalf
 from coordinator.agent.fakes.channel import FakeSegment
 from coordinator.agent.fakes.criu import FakeCheckpointer
+from coordinator.agent.fakes.files import FakeFilesSource, FakeFilesTarget
 from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.memory import FakeFilling, fake_memory_source
 from coordinator.agent.fakes.network import fake_network
@@ -54,6 +55,8 @@ def fake_adapters(life: Life, plan: MigrationPlan, role: Role) -> Adapters:
         wait_gone=wait_gone,
         start_time=lambda pid: pid if pid in machine.commands | machine.helpers else None,
         mend=mend,
+        files_source=lambda: FakeFilesSource(life),
+        files_target=lambda: FakeFilesTarget(life),
     )
 
 

@@ -60,6 +60,8 @@ class Machine:
     registered: bool = False  # the runtime knows the workload
     gates: dict[str, GateState] = field(default_factory=dict)
     files: dict[str, bytes] | None = None  # the image space
+    volume: int | None = None  # what the service has written to its files
+    left_over: bool = False  # the volume is remembered as an old one
     commands: dict[int, asyncio.Task[int]] = field(default_factory=dict)
     helpers: dict[int, asyncio.Task[int]] = field(default_factory=dict)  # filler and guard
     tracked: dict[object, Connection] = field(default_factory=dict)  # the connection table
@@ -103,6 +105,7 @@ class Machine:
             found += ["address"] if self.book.records else []
             found += ["an entry of the runtime"] if self.registered else []
             found += ["a tracked connection"] if self.tracked else []
+            found += ["files nobody remembers"] if self.volume is not None and not self.left_over else []
         return found
 
 
@@ -121,6 +124,7 @@ class World:
         #: For the movers other than l2: which hosts draw packets.
         self.way = FakeWay()
         self.source.copy, self.source.memory, self.source.registered = "running", self.workload.memory, True
+        self.source.volume = 0
         #: The memory as it was frozen, which is what has to run on the other side.
         self.frozen: dict[Page, bytes] = {}
         #: Packets that peers have sent, and those of them that the service got or nobody did: they are sent again.
@@ -169,6 +173,7 @@ class World:
         """The service goes on, if it runs: it writes, discards, forks."""
         if self.source.copy == "running":
             self.workload.work()
+            self.source.volume = (self.source.volume or 0) + 1
 
     def packet(self) -> None:
         """A peer sends a packet to the host that answers (I4: the service gets it once, or it is sent again).
@@ -221,6 +226,7 @@ class World:
             return
         there = {page: content for page, content in self.frozen.items() if page not in machine.missing}
         self._check("I4: the destination has other memory than the source had", machine.memory == there)
+        self._check("I4: the destination has other files than the source had", machine.volume == self.source.volume)
         self._check("I4: missing pages read as zero", not machine.missing or bool(machine.keepers))
 
     def _check(self, what: str, holds: bool) -> None:

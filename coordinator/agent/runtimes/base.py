@@ -19,14 +19,27 @@ class Tasks:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """A file or directory of the host, ``path``, that a workload has at ``inside``; ``root``: as its root file system,
+    with an empty path where the runtime keeps that by itself."""
+
+    path: str
+    inside: str
+    writable: bool
+    root: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Definition:
     """What a restore needs of a workload on a host beside its tasks. ``digest`` is the same where it is the same;
-    ``problem``: why it cannot be used; ``obstacles``: what of it cannot be moved."""
+    ``problem``: why it cannot be used; ``obstacles``: what of it cannot be moved; ``mounts``: what it has of the
+    host's files, whether they are there or not."""
 
     present: bool = True
     digest: str = ""
     problem: str = ""
     obstacles: tuple[Obstacle, ...] = ()
+    mounts: tuple[Mount, ...] = ()
 
 
 class Runtime(Protocol):

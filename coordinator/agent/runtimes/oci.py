@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from coordinator.agent.process import Command, first_explaining_line, run
-from coordinator.agent.runtimes.base import Definition, Tasks
+from coordinator.agent.runtimes.base import Definition, Mount, Tasks
 from coordinator.errors import CommandFailed, ProtocolError, RestoreFailed
 from coordinator.facts import Obstacle, WorkloadSpec
 
@@ -105,19 +106,22 @@ def bundle_definition(bundle: Path) -> Definition:
         content = file.read_bytes()
         config = json.loads(content)
         root = bundle / config["root"]["path"]
-        binds = [each for each in config.get("mounts", ()) if {"bind", "rbind"} & set(each.get("options", ()))]
-        missing = [each for each in binds if not (bundle / each["source"]).exists()]
+        mounts = [Mount(os.path.normpath(root), "/", not config["root"].get("readonly", False), root=True)]
+        for each in config.get("mounts", ()):
+            if {"bind", "rbind"} & set(options := each.get("options", ())):
+                source = os.path.normpath(bundle / each["source"])
+                mounts.append(Mount(source, os.path.normpath(each["destination"]), "ro" not in options))
         devices = [each["path"] for each in config.get("linux", {}).get("devices") or ()]
     except FileNotFoundError:
         return Definition(present=False, problem=f"{file} does not exist")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Definition(present=False, problem=f"{file} is no OCI runtime configuration: {error}")
-    problem = ""
-    if missing:
-        problem = f"{missing[0]['source']} is not there, which is to be mounted on {missing[0]['destination']}"
-    if not root.is_dir() or not any(root.iterdir()):
-        problem = f"{root} is not there or empty"
-    return Definition(digest=hashlib.sha256(content).hexdigest(), problem=problem, obstacles=host_devices(devices))
+    return Definition(
+        digest=hashlib.sha256(content).hexdigest(),
+        problem="" if root.is_dir() and any(root.iterdir()) else f"{root} is not there or empty",
+        obstacles=host_devices(devices),
+        mounts=tuple(mounts),
+    )
 
 
 def host_devices(paths: list[str]) -> tuple[Obstacle, ...]:

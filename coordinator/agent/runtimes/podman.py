@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.agent.process import Command, first_explaining_line, run
-from coordinator.agent.runtimes.base import Definition, Tasks
+from coordinator.agent.runtimes.base import Definition, Mount, Tasks
 from coordinator.agent.runtimes.oci import OciRuntime, host_devices
 from coordinator.errors import CommandFailed, ProtocolError, RestoreFailed
 from coordinator.facts import Obstacle, WorkloadSpec
@@ -81,7 +81,8 @@ class PodmanRuntime:
         about = await self._inspect()
         if about is None:
             return Definition(present=False, problem=f"podman has no container {self._name} on this host")
-        return Definition(digest=digest_of(about), obstacles=(*obstacles_of(about), *_shm(about)))
+        obstacles = (*obstacles_of(about), *_shm(about))
+        return Definition(digest=digest_of(about), obstacles=obstacles, mounts=mounts_of(about))
 
     async def prepare_restore(self) -> None:
         """See ``Runtime``. A container that never ran is initialised once, because podman restores only one that has
@@ -156,6 +157,13 @@ def digest_of(about: dict[str, Any]) -> str:
         settings,
     ]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def mounts_of(about: dict[str, Any]) -> tuple[Mount, ...]:
+    """What a container has of the host's files (pure); its root file system is podman's own."""
+    root = Mount("", "/", not about["HostConfig"].get("ReadonlyRootfs", False), root=True)
+    volumes = [each for each in about["Mounts"] if each["Type"] in ("bind", "volume")]
+    return (root, *(Mount(each["Source"], each["Destination"], each["RW"]) for each in volumes))
 
 
 def obstacles_of(about: dict[str, Any]) -> tuple[Obstacle, ...]:

@@ -20,7 +20,7 @@ from coordinator.agent.server import Agent
 from coordinator.config import Configuration, Host
 from coordinator.errors import ExitCode, LivemoveError, SessionLost
 from coordinator.events import EventSink
-from coordinator.facts import MoverSpec, WorkloadSpec
+from coordinator.facts import MoverSpec, Tree, WorkloadSpec
 from coordinator.journal import Phase, read_state
 from coordinator.protocol import (
     Abort,
@@ -70,6 +70,7 @@ def make_plan(
         deadlines=deadlines or Deadlines(copy_s=100.0),
         memory=memory or MemoryPolicy(),
         track_connections=True,
+        trees=(Tree(path="/srv/data", inside="/data", files="sync"),),
     )
 
 

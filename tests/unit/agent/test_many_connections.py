@@ -8,6 +8,7 @@ from pathlib import Path
 
 from coordinator.agent.channel import MAX_MESSAGE_BYTES
 from coordinator.agent.fakes.clock import run
+from coordinator.agent.fakes.files import FakeFilesTarget
 from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.world import Life, World
 from coordinator.agent.handing_back import HandBack
@@ -65,7 +66,7 @@ def test_an_image_for_every_connection_arrives(tmp_path: Path) -> None:
     async def both() -> None:
         await send_images(wire, here, {}, lambda *_: None)
         await wire.send(ImagesComplete(sizes=here.sizes(), pages_later=False))
-        await receive_images(wire, there, None, _track)
+        await receive_images(wire, there, None, _track, FakeFilesTarget(Life(world, world.destination)))
 
     run(both())
     assert world.destination.files == world.source.files

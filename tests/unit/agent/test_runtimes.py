@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from coordinator.agent.files.trees import missing_source
 from coordinator.agent.obstacles import obstacles
+from coordinator.agent.runtimes.base import Mount
 from coordinator.agent.runtimes.oci import bundle_definition
 from coordinator.agent.runtimes.podman import digest_of, obstacles_of
 from coordinator.checks import OBSTACLES
@@ -87,8 +89,10 @@ def test_what_is_mounted_has_to_be_there(tmp_path: Path) -> None:
     missing = {"destination": "/more", "source": str(tmp_path / "x"), "options": ["bind", "ro"]}
     other = {"destination": "/tmp", "source": "tmpfs", "type": "tmpfs"}
     known = bundle_definition(bundle(tmp_path, mounts=[there, missing, other]))
-    assert known.present
-    assert "is to be mounted on /more" in known.problem
+    root, *volumes = known.mounts
+    assert root == Mount(str(tmp_path / "rootfs"), "/", writable=True, root=True)
+    assert volumes == [Mount(str(tmp_path), "/data", True), Mount(str(tmp_path / "x"), "/more", False)]
+    assert "is to be mounted on /more" in missing_source(known.mounts, ())
 
 
 def test_devices_of_the_host_are_told(tmp_path: Path) -> None:

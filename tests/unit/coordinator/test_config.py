@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from coordinator.config import SECTIONS, Configuration, configuration_path, load, parse
 from coordinator.config_section import ssh_target
 from coordinator.errors import ConfigError, UnknownHost, UnknownWorkload
-from coordinator.facts import MoverSpec, RouterSpec, WorkloadSpec
+from coordinator.facts import MoverSpec, RouterSpec, VolumeSpec, WorkloadSpec
 from coordinator.protocol import Deadlines, MemoryPolicy
 from coordinator.wire import encode
 from tests.unit.coordinator.samples import HOSTS, WORKLOADS, configuration, host_section, write_keys
 
 ROOT = Path(__file__).parents[3]
+VOLUME = "[[workloads.echo.volumes]]\n"
 
 
 def problems_of(text: str, folder: Path) -> list[str]:
@@ -64,6 +65,18 @@ def test_movers(folder: Path) -> None:
     text = HOSTS + WORKLOADS + 'mover = "hook"\nhook = "/usr/local/sbin/move"\n'
     mover = parse(text, folder / "livemove.toml").workload("echo").mover
     assert mover == MoverSpec(kind="hook", hook="/usr/local/sbin/move")
+
+
+def test_files(folder: Path) -> None:
+    text = WORKLOADS.replace("bundle", 'files = "present"\nbundle')
+    text += f'{VOLUME}path = "/srv/echo/data/"\nfiles = "shared"\n{VOLUME}path = "/srv/echo/data2"\nfiles = "present"\n'
+    config = parse(HOSTS + text, folder / "livemove.toml")
+    assert (config.workload("counter").files, config.workload("counter").volumes) == ("present", ())
+    assert config.workload("echo").files == "unchecked"
+    assert config.workload("echo").volumes == (
+        VolumeSpec(path="/srv/echo/data", files="shared"),
+        VolumeSpec(path="/srv/echo/data2", files="present"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,6 +158,23 @@ def test_bad_ssh_targets(text: str) -> None:
         (
             HOSTS + WORKLOADS + 'mover = "route"\nrouter = "r"\nrouter_key = "k"\n',
             "workloads.echo.router_key: 'k' is not an absolute path",
+        ),
+        (
+            HOSTS + WORKLOADS + 'files = "shared"\n',
+            'workloads.echo.files: not allowed with runtime = "process": of a process nobody knows the directories; '
+            "name each in [[workloads.echo.volumes]]",
+        ),
+        (
+            HOSTS + WORKLOADS.replace("bundle", 'files = "synced"\nbundle'),
+            'workloads.counter.files: \'synced\' is none of "unchecked", "shared", "present", "sync"',
+        ),
+        (HOSTS + WORKLOADS + 'volumes = "/srv"\n', "workloads.echo.volumes: must be a list of sections; write [[work"),
+        (HOSTS + WORKLOADS + VOLUME + 'pth = "/"\n', "workloads.echo.volumes[0].pth: unknown key; did you mean 'path'"),
+        (HOSTS + WORKLOADS + VOLUME + 'files = "sync"\n', "workloads.echo.volumes[0].path: missing; write path = "),
+        (HOSTS + WORKLOADS + VOLUME + 'path = "/srv"\n', 'workloads.echo.volumes[0].files: missing; write files = "sy'),
+        (
+            HOSTS + WORKLOADS + "".join(f'{VOLUME}path = "{path}"\nfiles = "shared"\n' for path in ("/a/b/../b", "/a")),
+            "workloads.echo.volumes[1]: /a and /a/b are one in the other; remove one of them",
         ),
         (HOSTS + WORKLOADS + "root_pid = 5\n", "workloads.echo.root_pid: not allowed together with pid_file"),
         (HOSTS + WORKLOADS.replace('pid_file = "/run/echo.pid"', ""), "workloads.echo.pid_file: missing; write"),
