@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,9 @@ from labs.steps import Steps
 from labs.topology import HOSTS
 
 MODES = ("auto", "stop-copy", "pre-copy", "post-copy", "hybrid")
+WARM_UP_S = 10.0
+"""The bots come one after the other and work out the ways through the level, which makes frames of a quarter second."""
+
 PAUSE_S = 1.0
 WATCHED_PAUSE_S = 15.0
 """Before each hop, with somebody to watch it."""
@@ -96,6 +100,8 @@ def play(lab: Lab, steps: Steps, undo: ExitStack, result: Result, **options: Any
         start(lab, service, workload, first)
     with steps.step(f"{result.players} players join"):
         players = undo.enter_context(Players(lab, service, result.players))
+    with steps.step("The bots find their way about"):
+        time.sleep(WARM_UP_S)
     steps.note(f"memory of the server: {memory_mb(lab.host(first), workload):.0f} MB")
     if options["watch"]:
         console.print(how_to_join(lab.name, service), highlight=False)
