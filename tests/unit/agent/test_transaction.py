@@ -118,7 +118,7 @@ def test_a_handshake_is_finished_by_what_came_to_the_destination(tmp_path: Path)
     assert verdict(stage) == "moved"
     assert isinstance(source, HalfResult)
     assert source.warnings == ()
-    order = ["beta: gate holding", "alpha: packets taken in", "alpha: gate closed", "beta: hold released"]
+    order = ["beta: gate holding", "alpha: packets taken in", "alpha: gate freezing", "beta: hold released"]
     found = iter(stage.world.history)
     assert all(step in found for step in order)
 
