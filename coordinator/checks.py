@@ -388,6 +388,7 @@ OBSTACLES: dict[str, str] = {
     "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",
     "PODMAN_RESTARTS": "podman starts the container anew, or removes it, when its processes end: also after a move.",
     "PODMAN_SHM": "The container has files in /dev/shm, which podman keeps on the host.",
+    "DELETED_FILE_LARGE": "A process has a large file open that is deleted, which would have to go into CRIU's images.",
     "VOLUME_NOT_MOUNTED": "The configuration names a volume that the container does not have.",
     "ROOT_STAYS": "The container writes to a root file system that the runtime keeps by itself (podman).",
     "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream.",

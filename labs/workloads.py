@@ -123,8 +123,7 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
         _forget_neighbours(lab, workload)
         undo.callback(_end, machine, workload)
         if workload.program == "bookkeeper":
-            # Another file system than the host's root: that one, an overlay, tells nobody what changes in it.
-            _shell(machine, f"mkdir -p {workload.data} && mount -t tmpfs -o size={DATA_SIZE} data {workload.data}")
+            mount_data(machine, workload)
             machine.run(["env", f"PYTHONPATH={CODE}", "python3", "-m", BOOKKEEPER, "--furnish", workload.data])
         if workload.container:
             _run_container(machine, workload)
@@ -132,6 +131,13 @@ def start(lab: Lab, workload: Workload, host: str) -> None:
             _run_process(machine, workload)
         _wait_until_listening(machine, workload)
         undo.pop_all()
+
+
+def mount_data(machine: Host, workload: Workload) -> None:
+    """A file system of its own for what a service writes: the host's root, an overlay, tells nobody what changes in it.
+
+    Undo: `stop`."""
+    _shell(machine, f"mkdir -p {workload.data} && mount -t tmpfs -o size={DATA_SIZE} data {workload.data}")
 
 
 def stop(lab: Lab, workload: Workload) -> None:

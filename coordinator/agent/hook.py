@@ -33,8 +33,8 @@ from coordinator.errors import DumpFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
 
-#: Held in one line each, because CRIU's configuration parser takes one option a line.
-_CONFIG = "network-lock skip\naction-script {script}\n{lazy}"
+#: One option a line, as CRIU's parser wants it. ghost-limit: obstacles.MOST_DELETED_BYTES (CRIU's own is 1 MiB).
+_CONFIG = "network-lock skip\nghost-limit 33554432\naction-script {script}\n{lazy}"
 #: Not every runtime has an option for it (crun has none).
 _LAZY = "lazy-pages\n"
 

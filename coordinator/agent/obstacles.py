@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from coordinator.agent.tasks import PROC
 from coordinator.facts import Obstacle, WorkloadSpec
 from netfix import inventory
+
+#: Of a deleted file that CRIU is told to put into its images, which have room for this beside the memory.
+MOST_DELETED_BYTES = 32 << 20
 
 
 def obstacles(
@@ -88,6 +92,14 @@ def _of_process(pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> 
                     hint="Let it open the file itself, inside the container, or start it with /dev/null.",
                 )
             )
+        if (deleted := _deleted_bytes(pid, descriptor, target, proc)) > MOST_DELETED_BYTES:
+            found.append(
+                Obstacle(
+                    code="DELETED_FILE_LARGE",
+                    message=f"process {pid} has a deleted file of {deleted >> 20} MiB open, as descriptor {descriptor}",
+                    hint=f"Let it close the file, or keep it below {MOST_DELETED_BYTES >> 20} MiB.",
+                )
+            )
         if target == "anon_inode:[io_uring]":
             found.append(
                 Obstacle(
@@ -153,6 +165,17 @@ def _is_outside(pid: int, descriptor: int, mounts: frozenset[str], proc: Path) -
     except OSError:
         return False  # it ended, or closed the descriptor, while we looked
     return any(line.split()[1] not in mounts for line in lines if line.startswith("mnt_id:"))
+
+
+def _deleted_bytes(pid: int, descriptor: int, target: str, proc: Path) -> int:
+    """What a file has on its disk that only this descriptor keeps: CRIU puts it into the images (criu/files-reg.c,
+    dump_ghost_file). A memfd is memory."""
+    try:
+        about = (proc / str(pid) / "fd" / str(descriptor)).stat()
+    except OSError:
+        return 0
+    is_ghost = stat.S_ISREG(about.st_mode) and about.st_nlink == 0 and not target.startswith("/memfd:")
+    return about.st_blocks * 512 if is_ghost else 0
 
 
 def _uid(pid: int, proc: Path) -> int | None:

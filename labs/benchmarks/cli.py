@@ -14,12 +14,13 @@ from rich.console import Console, RenderableType
 
 from labs import entry
 from labs.benchmarks.connections import ConnectionsBench
+from labs.benchmarks.files import FilesBench
 from labs.benchmarks.gap import GapBench
 from labs.benchmarks.measure import Row
 from labs.benchmarks.memory import MemoryBench
 from labs.benchmarks.plain import LIMIT_S
 from labs.benchmarks.session import Settings, kernel, load_average
-from labs.benchmarks.tables import connections_table, gap_table, memory_tables
+from labs.benchmarks.tables import connections_table, files_table, gap_table, memory_tables
 from labs.commands import LabError
 from labs.lab_session import only_one
 from labs.steps import Steps
@@ -34,14 +35,18 @@ class Benchmark(Protocol):
     def run(self, found: list[Row], problems: list[str], /) -> None: ...
 
 
-def _counts(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+def _counts(most: int) -> Callable[[click.Context, click.Parameter, str], tuple[int, ...]]:
     """Whole numbers above 0, separated by commas."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) <= 60_000 for part in parts):
-        raise click.BadParameter(
-            f"{text!r}: write whole numbers from 1 to 60000, with commas between them, like 64,512"
-        )
-    return tuple(int(part) for part in parts)
+
+    def parse(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isdecimal() and 0 < int(part) <= most for part in parts):
+            raise click.BadParameter(
+                f"{text!r}: write whole numbers from 1 to {most}, with commas between them, like 64,512"
+            )
+        return tuple(int(part) for part in parts)
+
+    return parse
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., None]:
@@ -67,7 +72,12 @@ def cli() -> None:
 
 @cli.command("memory")
 @click.option(
-    "--sizes", callback=_counts, metavar="N,N,…", default="64,512,2048", show_default=True, help="Private memory in MB."
+    "--sizes",
+    callback=_counts(60_000),
+    metavar="N,N,…",
+    default="64,512,2048",
+    show_default=True,
+    help="Private memory in MB.",
 )
 @click.option("--dirty-mb-s", type=click.FloatRange(0, 1000), default=10, show_default=True)
 @click.option("--runs", type=click.IntRange(1, 50), default=5, show_default=True, help="Of which medians are shown.")
@@ -111,7 +121,12 @@ def gap_command(*, hops: int, mode: str, name: str, as_json: bool) -> None:
 
 @cli.command("connections")
 @click.option(
-    "--counts", callback=_counts, metavar="N,N,…", default="10,100,1000,5000", show_default=True, help="Connections."
+    "--counts",
+    callback=_counts(60_000),
+    metavar="N,N,…",
+    default="10,100,1000,5000",
+    show_default=True,
+    help="Connections.",
 )
 @click.option("--limit-s", type=click.FloatRange(1, 600), default=LIMIT_S, show_default=True, help="Of a plain move.")
 @_shared
@@ -130,6 +145,31 @@ def connections_command(*, counts: tuple[int, ...], limit_s: float, mode: str, n
     steps, found = Steps(Console(stderr=True)), list[Row]()
     bench = ConnectionsBench(Settings(name, mode, steps), counts, limit_s)
     _run(bench, name, found, "cases", connections_table, as_json=as_json)
+
+
+@cli.command("files")
+@click.option(
+    "--counts",
+    callback=_counts(1_000_000),
+    metavar="N,N,…",
+    default="10,100000",
+    show_default=True,
+    help="Files of the service.",
+)
+@click.option("--runs", type=click.IntRange(1, 50), default=5, show_default=True, help="Of which medians are shown.")
+@_shared
+def files_command(*, counts: tuple[int, ...], runs: int, mode: str, name: str, as_json: bool) -> None:
+    """Move a service with its files there and back, with few of them and with many.
+
+    It writes into four files all the time, and audits them. The first move, which copies everything, is not counted.
+
+    \b
+    Examples:
+      labs/bench files
+      labs/bench files --counts 10 --runs 1 --json
+    """
+    steps, found = Steps(Console(stderr=True)), list[Row]()
+    _run(FilesBench(Settings(name, mode, steps), counts, runs), name, found, "cases", files_table, as_json=as_json)
 
 
 def _run(

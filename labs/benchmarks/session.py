@@ -147,7 +147,7 @@ class Meter:
 
 def move(service: Service, destination: str) -> Row:
     """One `livemove migrate`; its result object. A move that did not take place is a LabError."""
-    result = migrate(service.lab, SERVICE, destination)
+    result = migrate(service.lab, service.workload.name, destination)
     if result.get("outcome") != "moved":
         raise LabError(f"livemove: {result.get('outcome')}: {result.get('error')}")
     return result

@@ -106,3 +106,12 @@ def connections_table(cases: Sequence[Row]) -> Table:
             case.get("note", ""),
         )
     return table
+
+
+def files_table(cases: Sequence[Row]) -> Table:
+    headings = ("moves", "freeze ms", "of it files ms", "total ms", "first total ms")
+    table = _table("Medians; the first move copies everything", ("files",), headings)
+    for case in cases:
+        numbers = (number(case[name], 1) for name in ("freeze_ms", "files_ms", "total_ms", "first_total_ms"))
+        table.add_row(str(case["files"]), str(case["runs"]), *numbers)
+    return table

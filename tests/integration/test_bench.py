@@ -80,6 +80,12 @@ def test_connections_under_each_lock(other_lab_name: str) -> None:
         assert (case["checked_before"], case["checked_after"]) == (10, 10)
 
 
+def test_files_are_counted_out_of_the_freeze(other_lab_name: str) -> None:
+    (case,) = bench(other_lab_name, "files", "--counts", "10", "--runs", "1")["cases"]
+    assert (case["files"], case["runs"]) == (10, 1)
+    assert 0 < case["files_ms"] < case["freeze_ms"] < case["total_ms"]
+
+
 def test_an_interrupted_benchmark_leaves_nothing(other_lab_name: str) -> None:
     process = subprocess.Popen([str(COMMAND), "gap", "--name", other_lab_name], stderr=subprocess.PIPE, text=True)
     with process:

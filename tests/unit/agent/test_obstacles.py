@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.agent.obstacles import obstacles
+from coordinator.agent.obstacles import MOST_DELETED_BYTES, obstacles
 from coordinator.facts import WorkloadSpec
 
 WORKLOAD = WorkloadSpec(name="db", runtime="runc", container="db", bundle="/srv/db", addresses=("192.0.2.200/24",))
@@ -68,6 +68,19 @@ def test_a_system_v_segment_in_the_hosts_namespace(proc: Path) -> None:
     (found,) = obstacles(WORKLOAD, [10], (), proc)
     assert found.code == "SYSV_SHARED_WITH_HOST"
     assert "/SYSV001bc022" in found.message
+
+
+def test_a_large_file_that_is_deleted(proc: Path, tmp_path: Path) -> None:
+    with (tmp_path / "deleted").open("wb") as file:
+        (tmp_path / "deleted").unlink()
+        (proc / "10/fd/7").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        (proc / "10/fdinfo/7").write_text("mnt_id:\t31\n")
+        os.posix_fallocate(file.fileno(), 0, MOST_DELETED_BYTES)
+        assert codes(proc) == []
+        os.posix_fallocate(file.fileno(), 0, MOST_DELETED_BYTES + (1 << 20))
+        (found,) = obstacles(WORKLOAD, [10], (), proc)
+    assert (found.code, found.fatal) == ("DELETED_FILE_LARGE", True)
+    assert "a deleted file of 33 MiB open, as descriptor 7" in found.message
 
 
 def test_another_uid_without_the_capability(proc: Path) -> None:
