@@ -31,10 +31,6 @@ class Dump(Protocol):
     def freeze(self, root_pid: int) -> None:
         """Let CRIU freeze the tasks, the first of which is ``root_pid``, and write the images."""
 
-    async def frozen(self) -> bool:
-        """Return as soon as the tasks are known to be frozen, long before the images are complete: ``True``. ``False``:
-        the dump has come to its end, well or not, and that was not seen."""
-
     async def dumped(self) -> None:
         """Return when the images are complete and the tasks frozen; raise ``DumpFailed`` if that cannot be reached."""
 
@@ -133,7 +129,6 @@ class CriuDump(CriuRun):
         super().__init__(running, hook, work, DumpFailed)
         self._scans = scans
         self._dumping = contextlib.ExitStack()
-        self._frozen: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def ready(self) -> None:
         """See ``Dump``."""
@@ -141,28 +136,13 @@ class CriuDump(CriuRun):
 
     def freeze(self, root_pid: int) -> None:
         """See ``Dump``."""
-        watch = NapWatch(self._running.pid, root_pid, self._tell_frozen)
+        watch = NapWatch(self._running.pid, root_pid)
         self._dumping.callback(watch.end)
         self._dumping.callback(self._scans.close)
         watch.begin()
         self._scans.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
-
-    def _tell_frozen(self) -> None:
-        """In the watch's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: we have ended
-            self._frozen.get_loop().call_soon_threadsafe(self._see_frozen)
-
-    def _see_frozen(self) -> None:
-        if not self._frozen.done():
-            self._frozen.set_result(None)
-
-    async def frozen(self) -> bool:
-        """See ``Dump``."""
-        ends = (self._frozen, self._hook.arrival(POST_DUMP), self._exit)
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        return self._frozen.done()
 
     async def dumped(self) -> None:
         """See ``Dump``."""

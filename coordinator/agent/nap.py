@@ -5,10 +5,6 @@ not, sleeps for 100 ms before it looks again (criu/seize.c, freeze_processes). T
 millisecond, but seldom before that first look: so many a freeze would be 100 ms longer for nothing. So we watch the
 same file, and when all are frozen and CRIU sleeps, its sleep ends as if a signal had come: nanosleep(2) returns EINTR,
 which CRIU takes for the end of the nap.
-
-The moment in which all are frozen is worth something by itself: from then on the tasks' memory does not change, so that
-its last pages can be sent while CRIU is still dumping. CRIU thaws the control group again, but only when it has stopped
-every task with ptrace(2).
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coordinator.agent.memory import ptrace
@@ -34,13 +29,9 @@ _STOP_S, _LOOK_S = 0.05, 0.0003
 class NapWatch:
     """Watches over the freeze of one dump, in a thread that ends by itself after ``bound_s``, or when it is ended."""
 
-    def __init__(self, command: int, root_pid: int, frozen: Callable[[], None], bound_s: float = 2.0) -> None:
-        """``command``: CRIU, or the runtime that has started it; ``root_pid``: the container's first task.
-
-        ``frozen`` is called, in the thread, once all tasks are frozen, if that is seen at all."""
+    def __init__(self, command: int, root_pid: int, bound_s: float = 2.0) -> None:
+        """``command``: CRIU, or the runtime that has started it; ``root_pid``: the container's first task."""
         self._command = command
-        self._root_pid = root_pid
-        self._frozen = frozen
         self._events = frozen_file(root_pid)
         self._bound_s = bound_s
         self._ended = threading.Event()
@@ -60,13 +51,9 @@ class NapWatch:
 
     def _watch(self, events: Path, machine: Machine) -> None:
         until = time.monotonic() + self._bound_s
-        told = False
         while time.monotonic() < until and not self._ended.wait(_LOOK_S):
             if not is_frozen(events):
                 continue
-            if not told and covers(events, process_tree(self._root_pid)):
-                told = True
-                self._frozen()
             for pid in sleepers(self._command):
                 self.woken += end_sleep(pid, machine)
                 return
@@ -74,22 +61,14 @@ class NapWatch:
 
 def frozen_file(pid: int) -> Path | None:
     """The cgroup.events of a process's cgroup version 2; ``None`` if it is in the root of what is seen here."""
-    name = group_of(pid)
-    return path if name != "/" and (path := _CGROUP / name[1:] / "cgroup.events").exists() else None
-
-
-def group_of(pid: int) -> str:
-    """A process's cgroup version 2, as cgroups(7) writes it; "/" if it has none or is gone."""
     try:
         lines = (_PROC / str(pid) / "cgroup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return "/"
-    return next((line[len("0::") :] for line in lines if line.startswith("0::/")), "/")
-
-
-def covers(events: Path, pids: Iterable[int]) -> bool:
-    """Whether these processes are all in the cgroup of a ``cgroup.events`` or below it, and so frozen with it."""
-    return all((_CGROUP / group_of(pid)[1:]).is_relative_to(events.parent) for pid in pids)
+        return None
+    for line in lines:
+        if line.startswith("0::/") and (path := _CGROUP / line[len("0::/") :] / "cgroup.events").exists():
+            return path
+    return None
 
 
 def is_frozen(events: Path) -> bool:

@@ -139,17 +139,14 @@ class SourceHalf(Half):
         await self._freeze(dump)
         async with _freeze_deadline(self.plan.deadlines.freeze_s):
             await self.tracked.send_rest(self._link())
-            if await dump.frozen():
-                await self.memory.last(self._root_pid, self._link())
-                self.part("last pages sent")
             await dump.dumped()
             self.enter(Phase.DUMPED)
             self.part("CRIU dumps")
             await self.files.last(self._root_pid, self._link())
             if self.files.wanted:
                 self.part("files")
-            await self.memory.rest(self._root_pid, self._link())
-            self.part("rest of the pages sent")
+            await self.memory.last(self._root_pid, self._link())
+            self.part("last pages sent")
             await self._send_images()
             await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
             self.part("images sent")

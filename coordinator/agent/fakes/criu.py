@@ -178,11 +178,6 @@ class FakeDump(_Handle):
         self.run.proceed = True
         self.run.unlock(PRE_DUMP)
 
-    async def frozen(self) -> bool:
-        """See ``Dump``: every other time it is not seen."""
-        await self.life.checkpoint()
-        return self.run.pid % 2 == 0 and self.run.machine.copy == "frozen"
-
     async def dumped(self) -> None:
         """See ``Dump``."""
         await self.stands_at(POST_DUMP)

@@ -106,7 +106,6 @@ class MemorySource:
         self._busy: asyncio.Future[Any] | None = None
         #: The frozen tasks: pid in CRIU's images → pid here, and when it started.
         self._frozen: dict[int, tuple[int, int | None]] = {}
-        self._last_changes: list[ProcessChanges] | None = None
         self._progress: Callable[[str, int, int], None] = lambda *_: None
 
     @property
@@ -172,46 +171,29 @@ class MemorySource:
         self.report.pre_copy_bytes += sent
 
     async def last(self, root_pid: int, link: Channel) -> None:
-        """The tasks are frozen, and CRIU may be dumping: send what was written since the last round, or, where it is
-        fetched later, have the destination forget it.
-
-        Executable memory is left to ``rest``: CRIU makes the tasks do system calls, for which it writes an instruction
-        where they have code and takes it back (compel/src/lib/infect.c, compel_execute_syscall)."""
+        """The tasks are frozen: send what was written since the last round, or, where it is fetched later, have the
+        destination forget it. Raises ``TrackingFailed`` if CRIU left out what nobody else has looked at."""
         if self._trackers is None:
+            if self.lazy:
+                self._know_frozen(self._processes(root_pid))
             return
         changed = await self._in_thread(lambda trackers: trackers.collect(last=True))
-        self._last_changes = list(changed.values())
+        if self.hidden is not None:
+            self.hidden.check(changed.values())
+        self._know_frozen({each.inner_pid: each.pid for each in changed.values()})
         for pid in self._trackers.take_gone():
             await link.send(ProcessGone(pid=pid))
         if self.fetched_later:
-            self._shared.outdate(self._last_changes)
+            self._shared.outdate(changed.values())
         else:
             self.report.last_bytes += await self._send_shared(changed, link)
-        for each in self._last_changes:
+        for each in changed.values():
             if self.fetched_later:
                 if each.fresh:  # not all that was sent of it before need be named again
                     await link.send(ProcessGone(pid=each.inner_pid))
                 await self._drop(each, link, (*each.changes.dirty, *each.changes.dropped))
             else:
-                self.report.last_bytes += await self._send_process(each, link, executable=False)
-
-    async def rest(self, root_pid: int, link: Channel) -> None:
-        """The dump is complete: send what ``last`` has left, or everything if there was none. Raises ``TrackingFailed``
-        if CRIU left out what nobody else has looked at."""
-        if self._trackers is None:
-            if self.lazy:
-                self._know_frozen(self._processes(root_pid))
-            return
-        if self._last_changes is None:
-            await self.last(root_pid, link)
-        assert self._last_changes is not None
-        if self.hidden is not None:
-            self.hidden.check(self._last_changes)
-        self._know_frozen({each.inner_pid: each.pid for each in self._last_changes})
-        if not self.fetched_later:
-            for each in self._last_changes:
-                runs = lazy_runs(each.changes, executable=True)
-                self.report.last_bytes += await self._send_runs(each, runs, link)
+                self.report.last_bytes += await self._send_process(each, link)
 
     async def serve_until(self, link: Channel, kind: type[ChannelMessage]) -> None:
         """Receive until a message of that kind comes, and send meanwhile the pages that the destination asks for."""
@@ -279,33 +261,20 @@ class MemorySource:
         for pid in self._trackers.take_gone():
             await link.send(ProcessGone(pid=pid))
         for each in changed.values():
-            sent += await self._send_process(each, link, self._progress_from(sent, total))
+            sent += await self._send_process(each, link, lambda done: self._progress("memory", done, total), sent)
         sent += await self._send_shared(changed, link)
         await link.send(RoundEnd(n=len(self.report.rounds) + 1))
         await expect(link, RoundStored)
         return sent
 
-    def _progress_from(self, before: int, total: int) -> Callable[[int], None]:
-        return lambda done: self._progress("memory", before + done, total)
-
     async def _send_process(
-        self,
-        each: ProcessChanges,
-        link: Channel,
-        progress: Callable[[int], None] = lambda _: None,
-        *,
-        executable: bool | None = None,
+        self, each: ProcessChanges, link: Channel, progress: Callable[[int], None] = lambda _: None, before: int = 0
     ) -> int:
         if each.fresh:
             await link.send(ProcessGone(pid=each.inner_pid))
         await self._drop(each, link, each.changes.dropped)
-        return await self._send_runs(each, lazy_runs(each.changes, executable=executable), link, progress)
-
-    async def _send_runs(
-        self, each: ProcessChanges, runs: list[PageRun], link: Channel, progress: Callable[[int], None] = lambda _: None
-    ) -> int:
         sent = 0
-        batches = self._read(each.pid, runs)
+        batches = self._read(each.pid, lazy_runs(each.changes))
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             starts = tuple(run.start for run in batch.runs)
             counts = tuple(run.pages for run in batch.runs)
@@ -313,7 +282,7 @@ class MemorySource:
             await link.send(PageBatch(pid=each.inner_pid, starts=starts, counts=counts), bytes(batch.data))
             await self._drop(each, link, batch.vanished)
             sent += len(batch.data)
-            progress(sent)
+            progress(before + sent)
         return sent
 
     async def _send_shared(self, changed: dict[int, ProcessChanges], link: Channel) -> int:
@@ -345,15 +314,11 @@ class MemorySource:
             await link.send(DroppedPages(pid=each.inner_pid, starts=starts, counts=counts))
 
 
-def lazy_runs(changes: Changes, *, executable: bool | None = None) -> list[PageRun]:
-    """The dirty runs in mappings that CRIU leaves to its daemon (pure). A run never crosses the end of a mapping.
-
-    ``executable``: only those in mappings that are, or are not, executable."""
+def lazy_runs(changes: Changes) -> list[PageRun]:
+    """The dirty runs in mappings that CRIU leaves to its daemon (pure). A run never crosses the end of a mapping."""
     starts = [mapping.start for mapping in changes.mappings]
     return [
         run
         for run in changes.dirty
-        if (at := bisect.bisect_right(starts, run.start) - 1) >= 0
-        and changes.mappings[at].lazy
-        and executable in (None, "x" in changes.mappings[at].permissions)
+        if (at := bisect.bisect_right(starts, run.start) - 1) >= 0 and changes.mappings[at].lazy
     ]

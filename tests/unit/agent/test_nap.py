@@ -14,7 +14,7 @@ import pytest
 
 from coordinator.agent import nap
 from coordinator.agent.memory.registers import Arm64Machine, this_machine
-from coordinator.agent.nap import NapWatch, covers, end_sleep, is_frozen, sleepers
+from coordinator.agent.nap import NapWatch, end_sleep, is_frozen, sleepers
 
 #: Sleeps as CRIU does, and says how that ended: 0, or -1 with EINTR.
 NAP = """
@@ -59,17 +59,13 @@ def test_another_call_goes_on() -> None:
     assert not end_sleep(process.pid, machine)
 
 
-@pytest.mark.parametrize("all_frozen", [True, False])
 def test_the_nap_ends_when_all_are_frozen(
-    napping: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_frozen: bool
+    napping: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process of the tree that is elsewhere may run still, so that nothing may be said of all."""
     events = tmp_path / "cgroup.events"
     events.write_text("populated 1\nfrozen 0\n")
     monkeypatch.setattr(nap, "frozen_file", lambda _: events)
-    monkeypatch.setattr(nap, "covers", lambda *_: all_frozen)
-    told: list[bool] = []
-    watch = NapWatch(os.getpid(), os.getpid(), lambda: told.append(is_frozen(events)))
+    watch = NapWatch(os.getpid(), os.getpid())
     watch.begin()
     assert not is_frozen(events)
     assert sleepers(os.getpid()) == [napping.pid]
@@ -78,19 +74,6 @@ def test_the_nap_ends_when_all_are_frozen(
     watch.end()
     while not watch.woken:
         time.sleep(0.001)
-    assert told == [True] * all_frozen
-
-
-def test_a_process_is_covered_by_its_group_and_those_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for pid, group in ((1, "/box"), (2, "/box/inner"), (3, "/boxes"), (4, "/")):
-        (tmp_path / str(pid)).mkdir()
-        (tmp_path / str(pid) / "cgroup").write_text(f"1:name=systemd:/x\n0::{group}\n")
-    monkeypatch.setattr(nap, "_PROC", tmp_path)
-    events = nap._CGROUP / "box" / "cgroup.events"
-    assert covers(events, [1, 2])
-    assert not covers(events, [1, 3])
-    assert not covers(events, [4])
-    assert not covers(events, [5])  # gone
 
 
 def test_on_arm64_the_call_is_passed_over() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,11 +125,9 @@ async def store(link: Channel, said: list[ChannelMessage]) -> None:
             await link.send(RoundStored(n=message.n))
 
 
-async def sent_last(memory: MemorySource, *, seen_frozen: bool = False) -> list[ChannelMessage]:
+async def sent_last(memory: MemorySource) -> list[ChannelMessage]:
     here, there = fake_channel()
-    if seen_frozen:
-        await memory.last(100, here)
-    await memory.rest(100, here)
+    await memory.last(100, here)
     return [message for message, _ in there._arrived]
 
 
@@ -203,28 +200,13 @@ async def test_a_mode_without_rounds_tracks_nothing() -> None:
         assert script.asked == []
 
 
-@pytest.mark.parametrize("seen_frozen", [True, False])
-async def test_the_last_pages_are_sent_from_the_frozen_tasks(seen_frozen: bool) -> None:
+async def test_the_last_pages_are_sent_from_the_frozen_tasks() -> None:
     script = Script([process([1])], [], [process([2, 210], [3])])
     memory = source(script)
     await copied(memory)
-    assert await sent_last(memory, seen_frozen=seen_frozen) == [dropped(3), batch(2)]
-    assert script.asked == [False, False, True]
+    assert await sent_last(memory) == [dropped(3), batch(2)]
+    assert script.asked[-1] is True
     assert memory.report.last_bytes == P
-
-
-async def test_where_criu_may_write_an_instruction_pages_are_read_after_its_dump() -> None:
-    code = Mapping(0, 10 * P, "rwxp", Backing.ANONYMOUS, 0, "00:00", 0, "")
-    data = Mapping(10 * P, 20 * P, "rw-p", Backing.ANONYMOUS, 0, "00:00", 0, "")
-    dirty = Changes((PageRun(5 * P, 1), PageRun(15 * P, 1)), (), (code, data), 2)
-    script = Script([process([1])], [], [replace(process([]), changes=dirty)])
-    memory = source(script)
-    await copied(memory)
-    here, there = fake_channel()
-    await memory.last(100, here)
-    assert [message for message, _ in there._arrived] == [batch(15)]
-    await memory.rest(100, here)
-    assert [message for message, _ in there._arrived] == [batch(15), batch(5)]
 
 
 async def test_what_is_fetched_later_is_forgotten_by_the_destination() -> None:
