@@ -220,11 +220,17 @@ def first_explaining_line(output: str) -> str:
 def start_time(pid: int, proc: Path = Path("/proc")) -> int | None:
     """When a process started, in clock ticks since boot (field 22 of proc(5) stat): with the pid it names a process for
     ever. ``None`` if there is no such process or it is a zombie."""
+    fields = stat_fields(pid, proc)
+    return None if not fields or fields[0] == "Z" else int(fields[19])
+
+
+def stat_fields(pid: int, proc: Path = Path("/proc")) -> list[str]:
+    """What /proc/PID/stat says behind the command's name: first the state, field 3 of proc(5). Empty if there is no
+    such process."""
     try:
-        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
+        return []
 
 
 async def wait_gone(pid: int, started: int, deadline_s: float) -> bool:

@@ -16,12 +16,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from coordinator.agent.memory.base import ProcessChanges, Tracker
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.snapshot import scan_all
-from coordinator.agent.process import start_time
+from coordinator.agent.process import start_time, stat_fields
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
@@ -204,8 +203,5 @@ def reaped_faults(pid: int) -> int | None:
     """A number that grows with every child of a process that has ended and was waited for; ``None``: it need not."""
     if int(status_field(pid, "SigIgn") or "0", 16) >> (_SIGCHLD - 1) & 1:
         return None
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(fields[8]) + int(fields[10])
+    fields = stat_fields(pid)
+    return int(fields[8]) + int(fields[10]) if fields else None
