@@ -71,7 +71,7 @@ CHECKS: dict[str, Check] = {
             "WRITES_NOT_TRACKED",
             "warning",
             "The kernel cannot tell which pages a process wrote: all memory is sent while the service is frozen.",
-            "Use Linux ≥ 6.7, or a kernel with CONFIG_MEM_SOFT_DIRTY, on the host that runs the service.",
+            "Use Linux ≥ 6.13 (or 6.12.10), or a kernel with CONFIG_MEM_SOFT_DIRTY, on the host that runs the service.",
         ),
         Check("RUNTIME_MISSING", "error", "The runtime of the workload is not installed.", "Install the runtime."),
         Check(

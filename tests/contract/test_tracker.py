@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.agent import tasks
-from coordinator.agent.memory import write_protect
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping, Tracker
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, Tracker
 from coordinator.agent.memory.choose import choose_tracker
-from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pages import read_pages
 from coordinator.agent.memory.ptrace import TargetGone
-from coordinator.agent.memory.write_protect import WriteProtectTracker
 from tests.contract.memory_target import (
     PROGRAM,
     Keeper,
@@ -148,28 +145,6 @@ def test_memory_that_grows_in_place_is_told(target: Target, tracker: Tracker) ->
     assert within(tracker.collect().dirty, start, 64) == pages(start, 3, 20)
 
 
-def test_memory_that_grows_while_it_is_registered_stays_one_mapping(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """mremap(2) refuses to resize what the kernel has split."""
-    start = target.run("(a := area(64))")
-    target.run("libc.munmap(a + 4 * PAGE, 60 * PAGE); put(a, 1, 4)")
-
-    def read_and_grow(pid: int) -> list[Mapping]:
-        found = read_mappings(pid)
-        assert target.run("libc.mremap(a, 4 * PAGE, 8 * PAGE, 0, None)") == start
-        return found
-
-    with contextlib.closing(WriteProtectTracker(target.pid)) as tracker:
-        monkeypatch.setattr(write_protect, "read_mappings", read_and_grow)
-        tracker.collect()
-        monkeypatch.undo()
-        moved = target.run("(b := libc.mremap(a, 8 * PAGE, 12 * PAGE, 1, None))")
-        assert moved != (1 << 64) - 1
-        target.run("put(b, 2, 12)")
-        assert within(tracker.collect().dirty, moved, 12) == pages(moved, *range(12))
-
-
 def test_a_growing_heap_is_told(target: Target, tracker: Tracker) -> None:
     libc = "libc.sbrk.restype = ctypes.c_void_p; a = libc.sbrk(8 * PAGE) // PAGE * PAGE + PAGE; put(a, 1, 4)"
     tracker.collect()
@@ -251,18 +226,6 @@ def test_another_program_is_all_dirty(target: Target, tracker: Tracker) -> None:
     stop(target)
     keeper.apply(target.pid, tracker.collect(last=True))
     assert keeper.wrong_bytes(target.pid) == 0
-
-
-def test_a_userfaultfd_of_its_own_is_left_alone_and_dirty(target: Target) -> None:
-    start = target.run("(a := area(4))")
-    target.run(
-        "put(a, 1, 4); import fcntl; u = libc.syscall(323, 1);"
-        "fcntl.ioctl(u, 0xC018AA3F, struct.pack('3Q', 0xAA, 0, 0));"
-        "fcntl.ioctl(u, 0xC020AA00, struct.pack('4Q', a, 4 * PAGE, 1, 0))"
-    )
-    with contextlib.closing(WriteProtectTracker(target.pid)) as tracker:
-        for _ in range(2):
-            assert within(tracker.collect().dirty, start, 4) == pages(start, 0, 1, 2, 3)
 
 
 def test_a_process_that_ends_says_so(target: Target, tracker: Tracker) -> None:

@@ -19,6 +19,10 @@ from coordinator.agent.memory.write_protect import WriteProtectTracker
 from coordinator.errors import LivemoveError
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,21 @@ def _try_on_own_page(descriptor: int) -> str | None:
         first = written(protect=True)
         quiet = written()
         page[0] = 2
-        if not (first and not quiet and written()):
+        if not (first and not quiet and written(protect=True)):
             return "the kernel does not tell written pages from others"
-    return None
+        return _try_to_move(start, pagemap)
+
+
+def _try_to_move(page: int, pagemap: Pagemap) -> str | None:
+    """Move a registered and marked page. Where it keeps its mark, writes do not clear that any more, and once the page
+    is registered again it would never look written."""
+    target = _libc.mmap(None, PAGE_BYTES, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    moved = _libc.mremap(page, PAGE_BYTES, PAGE_BYTES, _MREMAP_MAYMOVE | _MREMAP_FIXED, target)
+    if moved != target:
+        return f"a registered page cannot be moved ({os.strerror(ctypes.get_errno())})"
+    try:
+        fresh = any(True for _ in pagemap.scan(moved, moved + PAGE_BYTES, present=WRITTEN, any_of=PRESENT))
+    finally:
+        # Back to where the caller unmaps it.
+        _libc.mremap(moved, PAGE_BYTES, PAGE_BYTES, _MREMAP_MAYMOVE | _MREMAP_FIXED, page)
+    return None if fresh else "a moved page keeps the mark it had (mended in Linux 6.13 and 6.12.10)"

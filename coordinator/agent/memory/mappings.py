@@ -10,6 +10,9 @@ from coordinator.agent.memory.base import Backing, Mapping
 
 PROC = Path("/proc")
 
+#: Addresses of a process are below: above lies only the vsyscall page of x86, which is no memory of the process.
+ADDRESS_LIMIT = 1 << 63
+
 #: Made by the kernel: CRIU makes them anew on the other side (criu/proc_parse.c).
 _KERNEL_MADE = ("[vdso]", "[vvar", "[vsyscall]", "[uprobes]", "[sigpage]", "[vectors]", "/[aio]")
 
@@ -68,6 +71,30 @@ def parse_smaps(text: str, tmpfs: frozenset[str] = frozenset()) -> list[Mapping]
         elif not word.endswith(":"):
             found.append(parse_mapping(line, tmpfs))
     return found
+
+
+def parse_flags(smaps: str) -> dict[tuple[int, int], frozenset[str]]:
+    """The flags ("VmFlags") of every mapping in /proc/PID/smaps, by its start and end."""
+    found: dict[tuple[int, int], frozenset[str]] = {}
+    span = (0, 0)
+    for line in smaps.splitlines():
+        word = line.partition(" ")[0]
+        if word == "VmFlags:":
+            found[span] = frozenset(line.split()[1:])
+        elif not word.endswith(":"):
+            start, _, end = word.partition("-")
+            span = (int(start, 16), int(end, 16))
+    return found
+
+
+def read_flags(pid: int) -> dict[tuple[int, int], frozenset[str]]:
+    """As ``parse_flags``; empty if the process is gone. Walks all its page tables: some milliseconds a gigabyte."""
+    try:
+        return parse_flags((PROC / str(pid) / "smaps").read_text(errors="surrogateescape"))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return {}
+        raise
 
 
 def tmpfs_devices(mountinfo: str) -> frozenset[str]:

@@ -75,6 +75,18 @@ def spans_of(mappings: Iterable[Mapping]) -> Spans:
     return normalise((mapping.start, mapping.end) for mapping in mappings)
 
 
+def touching(mappings: Sequence[Mapping], spans: Spans) -> list[Mapping]:
+    """The mappings with at least one page of the spans; both are sorted."""
+    found: list[Mapping] = []
+    i = 0
+    for mapping in mappings:
+        while i < len(spans) and spans[i][1] <= mapping.start:
+            i += 1
+        if i < len(spans) and spans[i][0] < mapping.end:
+            found.append(mapping)
+    return found
+
+
 def to_runs(spans: Spans, mappings: Sequence[Mapping]) -> tuple[PageRun, ...]:
     """Spans as runs that never cross the end of a mapping; what lies in no mapping is left out."""
     runs: list[PageRun] = []

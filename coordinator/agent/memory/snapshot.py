@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from coordinator.agent.memory.base import Backing, Changes, Mapping
-from coordinator.agent.memory.mappings import read_mappings
+from coordinator.agent.memory.mappings import ADDRESS_LIMIT, read_mappings
 from coordinator.agent.memory.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, WPALLOWED, Pagemap, guard_category
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.runs import (
@@ -23,8 +23,6 @@ from coordinator.agent.memory.runs import (
 from coordinator.agent.memory.shared_objects import ObjectState, look_at
 from coordinator.agent.memory.userfault import MemoryReplaced
 
-#: Addresses a scan may name: above lies only the vsyscall page of x86, which is no memory of the process.
-_TOP = 1 << 63
 _TRIES = 3
 
 
@@ -41,7 +39,7 @@ class Held:
 
 def trackable(mappings: Iterable[Mapping]) -> list[Mapping]:
     """The mappings whose pages are memory: not devices, not what the kernel makes."""
-    return [each for each in mappings if each.backing is not Backing.DEVICE and each.end < _TOP]
+    return [each for each in mappings if each.backing is not Backing.DEVICE and each.end < ADDRESS_LIMIT]
 
 
 def scan_held(

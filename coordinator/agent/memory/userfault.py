@@ -141,8 +141,10 @@ def enable(descriptor: int) -> None:
 
 
 def register(descriptor: int, start: int, end: int) -> int:
-    """Have a range tracked; return 0, or the errno of the kernel's refusal: EBUSY if another userfaultfd has it, EPERM
-    if it is shared and can never be written through this mapping, EINVAL if it cannot be tracked.
+    """Have all mappings in a range tracked, or none; return 0, or the errno of the kernel's refusal: EBUSY if another
+    userfaultfd has one, EPERM if one can never be written, EINVAL if one cannot be tracked.
+
+    A mapping in which the range begins or ends is split there.
 
     Raises ``MemoryReplaced`` if there is no process behind the descriptor any more."""
     try:
@@ -152,21 +154,6 @@ def register(descriptor: int, start: int, end: int) -> int:
             raise MemoryReplaced from error
         return error.errno or errno.EINVAL
     return 0
-
-
-def register_clean(descriptor: int, start: int, end: int) -> int:
-    """As ``register``, and no page of the range is marked clean afterwards.
-
-    A page moved by mremap(2) may bring an old mark along into a mapping that is not tracked, where writes do not clear
-    it (before Linux 6.13). Unregistering removes every mark of a range (fs/userfaultfd.c, userfaultfd_unregister)."""
-    refusal = register(descriptor, start, end)
-    if refusal:
-        return refusal
-    try:
-        fcntl.ioctl(descriptor, UFFDIO_UNREGISTER, Range(start, end - start))
-    except OSError as error:
-        return error.errno or errno.EINVAL
-    return register(descriptor, start, end)
 
 
 def mark(descriptor: int, start: int, end: int) -> None:
