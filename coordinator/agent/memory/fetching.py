@@ -11,7 +11,7 @@ import itertools
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.messages import FetchedPages, FetchPages
-from coordinator.errors import LivemoveError, ProtocolError
+from coordinator.errors import AgentFailed, LivemoveError, ProtocolError
 
 
 class PageFetcher:
@@ -48,6 +48,7 @@ class PageFetcher:
     def begin(self) -> None:
         """Receive the answers from now on; nobody else receives from the channel any more."""
         self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(self._reading_ended)
 
     async def close(self, reason: LivemoveError) -> None:
         """Stop receiving; whoever still waits gets ``reason``. Idempotent."""
@@ -57,14 +58,19 @@ class PageFetcher:
         self._fail(reason)
 
     async def _read(self) -> None:
-        try:
-            while True:
-                message, payload = await self._channel.receive()
-                if not isinstance(message, FetchedPages):
-                    raise ProtocolError(f"the source sent {type(message).__name__} while pages were fetched")
-                self.answer(message, payload)
-        except LivemoveError as error:
+        while True:
+            message, payload = await self._channel.receive()
+            if not isinstance(message, FetchedPages):
+                raise ProtocolError(f"the source sent {type(message).__name__} while pages were fetched")
+            self.answer(message, payload)
+
+    def _reading_ended(self, reader: asyncio.Task[None]) -> None:
+        """Whatever it was that ended it, nobody waits for an answer that cannot come."""
+        error = None if reader.cancelled() else reader.exception()
+        if isinstance(error, LivemoveError):
             self._fail(error)
+        elif error is not None:
+            self._fail(AgentFailed(f"pages cannot be fetched: {error!r}"))
 
     def _fail(self, reason: LivemoveError) -> None:
         self._reason = self._reason or reason

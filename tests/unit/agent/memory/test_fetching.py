@@ -9,7 +9,7 @@ import pytest
 from coordinator.agent.fakes.channel import fake_channel
 from coordinator.agent.memory.fetching import PageFetcher
 from coordinator.agent.messages import FetchedPages, FetchPages, Go
-from coordinator.errors import ChannelFailed, ProtocolError
+from coordinator.errors import AgentFailed, ChannelFailed, ProtocolError
 
 
 async def test_answers_come_in_any_order() -> None:
@@ -38,19 +38,23 @@ async def test_before_it_begins_the_half_hands_answers_over() -> None:
     await fetcher.close(ChannelFailed("never begun"))
 
 
-@pytest.mark.parametrize(("trouble", "error"), [("cut", ChannelFailed), ("nonsense", ProtocolError)])
+@pytest.mark.parametrize(
+    ("trouble", "error"), [("cut", ChannelFailed), ("nonsense", ProtocolError), ("a defect", AgentFailed)]
+)
 async def test_when_the_source_is_lost_whoever_waits_or_asks_later_is_told(
-    trouble: str, error: type[Exception]
+    trouble: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, here = fake_channel()
     fetcher = PageFetcher(here)
     asked = asyncio.ensure_future(fetcher.fetch(1, 0, 1))
     await source.receive()
+    if trouble == "a defect":
+        monkeypatch.setattr(fetcher, "answer", lambda message, payload: message.unknown)
     fetcher.begin()
     if trouble == "cut":
         source.cut()
     else:
-        await source.send(Go())
+        await source.send(Go() if trouble == "nonsense" else FetchedPages(number=0), b"")
     with pytest.raises(error):
         await asked
     with pytest.raises(error):
