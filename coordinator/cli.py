@@ -22,6 +22,7 @@ from rich.console import Console
 
 import coordinator.doctor
 from coordinator import __version__
+from coordinator.announcing import import_meanwhile, probe_frames
 from coordinator.config import GIVE_UPS, MODES, Configuration, configuration_path, load
 from coordinator.errors import EXIT_MEANINGS, ExitCode, InDoubt, Interrupted, LivemoveError
 from coordinator.events import EventSink
@@ -31,7 +32,6 @@ from coordinator.report import text
 from coordinator.report.result import MigrationResult, error_json
 from coordinator.report.terminal import Terminal
 from coordinator.ssh import connect
-from netfix.announce import probe_frames
 
 _DEFECT = "This is a defect in livemove: please report it. `livemove status` shows where the service runs."
 _EPILOG = "\b\nExit status:\n" + "\n".join(f"  {code.value:>3}  {meaning}" for code, meaning in EXIT_MEANINGS.items())
@@ -123,6 +123,7 @@ def doctor(options: Options, hosts: tuple[str, ...], as_json: bool) -> None:
 @click.pass_obj
 def check(options: Options, workload: str, to: str, as_json: bool) -> None:
     """Would the move work? Names every reason why it would fail or lose something; changes nothing."""
+    import_meanwhile()
     _command(
         options,
         lambda config, sink: coordinator.doctor.check(
@@ -164,6 +165,7 @@ def migrate_command(
         chosen = config.with_memory(mode=mode, max_freeze_ms=max_freeze, give_up=give_up)
         return migrate(chosen, workload, to, dry_run=dry_run, sink=sink)
 
+    import_meanwhile()
     _command(
         options,
         move,

@@ -41,8 +41,9 @@ DESCRIBE_S = 20.0
 SELF_TEST_S = 30.0
 #: So old may the success of a self-test be that a move relies on; ``doctor`` makes a new one.
 SELF_TEST_AGE_S = 3600.0
-#: Machines on the segment answer within milliseconds; a second is what duplicate address detection waits.
-ANSWER_WAIT_S = 1.0
+#: A second is what duplicate address detection waits. But machines on the segment answer within milliseconds: once the
+#: one that runs the service has, another is not waited for that long.
+ANSWER_WAIT_S, ANSWER_SETTLE_S = 1.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,13 @@ async def _who_answers(
 
     async def one(address: str) -> None:
         frames = probe_frames(address, interface.mac)
-        request = WhoAnswers(interface=interface.name, address=address, frames=frames, wait_s=ANSWER_WAIT_S)
+        request = WhoAnswers(
+            interface=interface.name,
+            address=address,
+            frames=frames,
+            wait_s=ANSWER_WAIT_S,
+            settle_s=ANSWER_SETTLE_S,
+        )
         found[address] = (await session.call(request, ANSWER_WAIT_S + DESCRIBE_S)).macs
 
     await asyncio.gather(*(one(address) for address in _bare(workload)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from coordinator.announcing import announcement_frames, probe_frames
 from coordinator.config import Configuration
 from coordinator.credentials import mint
 from coordinator.doctor import Survey, survey
@@ -30,7 +31,6 @@ from coordinator.report.result import MigrationResult, migration_result, planned
 from coordinator.sessions import Session, SessionFactory, open_sessions
 from coordinator.ssh import connect as ssh_connect
 from coordinator.wire import encode
-from netfix.announce import announcement_frames, probe_frames
 
 ABORT_S = 10.0
 

@@ -195,12 +195,15 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhoAnswers(Request[Answers]):
-    """Ask the segment who has an address (ARP probe, neighbour solicitation), with ready frames."""
+    """Ask the segment who has an address (ARP probe, neighbour solicitation), with ready frames.
+
+    Listens for ``wait_s``, or for ``settle_s`` after the first answer."""
 
     interface: str
     address: str
     frames: tuple[bytes, ...]
     wait_s: float
+    settle_s: float
     reply: ClassVar[type] = Answers
 
 

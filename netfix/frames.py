@@ -37,10 +37,13 @@ class FramePort(Protocol):
         """Send the frames at once, in order; does not wait. Undo: none. Raises NetfixError (interface down or
         gone)."""
 
-    async def who(self, probe_frames: Sequence[bytes], address: str, timeout_s: float) -> set[str]:
+    async def who(
+        self, probe_frames: Sequence[bytes], address: str, timeout_s: float, *, settle_s: float | None = None
+    ) -> set[str]:
         """Send the probes, listen for `timeout_s` seconds: the MACs (aa:bb:cc:dd:ee:ff) that claimed `address`.
 
-        It always listens to the end: a second answer is what one wants to know of. This host does not hear itself.
+        It listens on after the first answer, for a second one is what one wants to know of: to the end, or for
+        `settle_s` seconds. This host does not hear itself.
         """
 
     async def ask(self, questions: Mapping[str, bytes], address: str, timeout_s: float) -> set[str]:
@@ -145,13 +148,24 @@ class PacketFramePort:
         except OSError as error:
             raise from_errno(error.errno or 0, f"sending on {self._interface}") from error
 
-    async def who(self, probe_frames: Sequence[bytes], address: str, timeout_s: float) -> set[str]:
+    async def who(
+        self, probe_frames: Sequence[bytes], address: str, timeout_s: float, *, settle_s: float | None = None
+    ) -> set[str]:
         found: set[str] = set()
-        with self._listening(address, lambda frame: found.update(filter(None, [claimant(frame, address)]))) as heard:
-            for _ in range(PROBES):
+        enough = asyncio.Event()
+
+        def take(frame: bytes) -> None:
+            mac = claimant(frame, address)
+            if mac and not found and settle_s is not None:
+                asyncio.get_running_loop().call_later(settle_s, enough.set)
+            found.update(filter(None, [mac]))
+
+        with self._listening(address, take) as heard:
+            for pause_s in (*[timeout_s / (2 * PROBES)] * (PROBES - 1), timeout_s / (2 * PROBES) + timeout_s / 2):
                 await self.send(probe_frames)
-                await asyncio.sleep(timeout_s / (2 * PROBES))
-            await asyncio.sleep(timeout_s / 2)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(enough.wait(), pause_s)
+                    break
             heard()
         return found
 
@@ -236,7 +250,9 @@ class FakeFramePort:
             raise failure
         self.sent += frames
 
-    async def who(self, probe_frames: Sequence[bytes], address: str, timeout_s: float) -> set[str]:
+    async def who(
+        self, probe_frames: Sequence[bytes], address: str, timeout_s: float, *, settle_s: float | None = None
+    ) -> set[str]:
         await self.send(probe_frames)
         return set(self.answers.get(str(parse_address(address)), set()))
 

@@ -167,7 +167,7 @@ class Agent:
     async def _who_answers(self, request: WhoAnswers) -> Answers:
         port = PacketFramePort(request.interface)
         try:
-            macs = await port.who(request.frames, request.address, request.wait_s)
+            macs = await port.who(request.frames, request.address, request.wait_s, settle_s=request.settle_s)
         finally:
             port.close()
         return Answers(macs=tuple(sorted(macs)))

@@ -1,5 +1,6 @@
 """The contract of `FramePort`, over packet sockets and the fake; and what a Linux neighbour makes of our frames."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -59,6 +60,14 @@ async def test_who_names_the_host_that_has_the_address(cable: Segment, port: Fra
 @pytest.mark.parametrize("address", [NOBODY, NOBODY6])
 async def test_who_names_nobody_where_nobody_answers(cable: Segment, port: FramePort, address: str) -> None:
     assert await _who(cable, port, address) == set()
+
+
+@EACH_FAMILY
+async def test_who_need_not_listen_to_the_end_once_somebody_has_answered(
+    cable: Segment, port: FramePort, address: str
+) -> None:
+    asking = port.who(probe_frames(address, PEER_MAC), address, 3600, settle_s=0.05)
+    assert await asyncio.wait_for(cable.peer.run(asking), 60) == {HOST_MAC}
 
 
 @EACH_FAMILY
