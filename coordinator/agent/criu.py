@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, Hook
+from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, PRE_RESUME, Hook
 from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.scan_filter import ScanFilter
@@ -54,10 +54,15 @@ class Restore(Protocol):
     def let_go(self) -> None:
         """Release the hold and wait for nothing: from here on CRIU follows the journal by itself."""
 
-    async def resumed(self) -> None:
-        """Release the hold and return as soon as the tasks run, which is before CRIU and the runtime have ended.
+    async def connected(self) -> None:
+        """Release the hold and return as soon as every socket takes packets, which is directly before the tasks run.
 
-        Precondition: the journal has COMMITTED. Raises ``RestoreFailed`` if they do not run."""
+        Precondition: the journal has COMMITTED. Raises ``RestoreFailed`` if it does not come to that."""
+
+    async def resumed(self) -> None:
+        """Return as soon as the tasks run, which is before CRIU and the runtime have ended; after ``connected``.
+
+        Raises ``RestoreFailed`` if they do not run."""
 
     async def end(self) -> None:
         """Release the hold and wait for CRIU's end: the tasks run if the journal has COMMITTED, else they are killed.
@@ -176,12 +181,19 @@ class CriuRestore(CriuRun):
         """See ``Restore``."""
         return await self._stands_at(POST_RESTORE)
 
+    async def connected(self) -> None:
+        """See ``Restore``."""
+        self._hook.release(POST_RESTORE)
+        await self._passes(PRE_RESUME)
+
     async def resumed(self) -> None:
         """See ``Restore``."""
-        running = self._hook.arrival(POST_RESUME)
-        self._hook.release(POST_RESTORE)
-        await asyncio.wait((running, self._exit), return_when=asyncio.FIRST_COMPLETED)
-        if not running.done() and self._exit.result() != 0:
+        await self._passes(POST_RESUME)
+
+    async def _passes(self, action: str) -> None:
+        passed = self._hook.arrival(action)
+        await asyncio.wait((passed, self._exit), return_when=asyncio.FIRST_COMPLETED)
+        if not passed.done() and self._exit.result() != 0:
             raise self._failure()
 
     async def end(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from coordinator.agent.channel import Channel, peer_aborted
@@ -231,33 +232,21 @@ class DestinationHalf(HalfWithMemory):
     async def finish(self) -> HalfResult:
         """After COMMITTED: let the tasks run, let go of what was held for them, tell the source, clean up.
 
-        What the tasks and the kernel send gets out first: all sockets exist, and CRIU's window probes make every peer
-        send at once what it has. The held packets follow when the tasks run, in their order. Once the tasks run nothing
-        stops this half: what fails leaves it in doubt, for a recovery to do again, and their memory still comes in."""
+        What is sent gets out first: CRIU's window probes make every peer send at once what it has. The held packets
+        follow as soon as the sockets take them, in their order: the tasks find them there. From here on nothing stops
+        this half: what fails leaves it in doubt, for a recovery to do again, and memory still comes in."""
         doubts: list[LivemoveError] = []
+        await self._attempt(self._let_out, doubts)  # what they send is lost behind the gate, and they send it again
         try:
-            await self._let_out()
-            self.part("gate opened outwards")
-        except Exception as error:  # what they send is lost behind the gate, and they send it again
-            doubts.append(as_livemove_error(error, "letting packets out"))
-        try:
+            await self._connect()
+            await self._attempt(self._release_held, doubts)
             await self._resume()
         except Exception as error:
             self.let_go()  # the journal has COMMITTED: with or without us, the tasks run
             self._linger()
             return self.result("in_doubt", self._lost(as_livemove_error(error, "resuming the tasks")))
-        for step in (
-            self._release_held,
-            self._say_resumed,
-            self._end_restore,
-            self._adopt,
-            self._record_resumed,
-            self._mend,
-        ):
-            try:
-                await step()
-            except Exception as error:
-                doubts.append(as_livemove_error(error, "after the tasks were resumed"))
+        for step in (self._say_resumed, self._end_restore, self._adopt, self._record_resumed, self._mend):
+            await self._attempt(step, doubts)
         self.let_go()
         if (failure := await self._fill_in()) is not None:
             return self.result("in_doubt", failure)
@@ -266,11 +255,18 @@ class DestinationHalf(HalfWithMemory):
             return self.result("in_doubt", doubt)
         return await self._release()
 
+    async def _attempt(self, step: Callable[[], Awaitable[None]], doubts: list[LivemoveError]) -> None:
+        try:
+            await step()
+        except Exception as error:
+            doubts.append(as_livemove_error(error, "after the commit"))
+
     async def _let_out(self) -> None:
         if self._restore is not None:  # a recovery has no queue, and opens the gate when it knows that the tasks run
             await self.network.let_out()
+            self.part("gate opened outwards")
 
-    async def _resume(self) -> None:
+    async def _connect(self) -> None:
         if self._fetcher is not None:
             self._fetcher.begin()
         if self._restore is None:
@@ -278,8 +274,14 @@ class DestinationHalf(HalfWithMemory):
             await self._adopt()
             return
         async with asyncio.timeout(self.plan.deadlines.resume_s):
-            await self._restore.resumed()
-        self.part("tasks run")
+            await self._restore.connected()
+        self.part("sockets take packets")
+
+    async def _resume(self) -> None:
+        if self._restore is not None:
+            async with asyncio.timeout(self.plan.deadlines.resume_s):
+                await self._restore.resumed()
+            self.part("tasks run")
 
     async def _release_held(self) -> None:
         if not self.deeds.recorded("gate"):

@@ -9,6 +9,9 @@ under runc, because CRIU reads the file named by ``CRIU_CONFIG_FILE`` in RPC mod
 - ``post-restore``: everything exists, nothing has run. Success lets the tasks run, failure kills them
   (criu/cr-restore.c, restore_root_task).
 
+It tells of ``pre-resume``, when every socket is out of repair mode and takes packets, and of ``post-resume``, when the
+tasks run.
+
 Waiting is a shared ``flock`` on a file that the agent has locked. The kernel drops that lock when the agent ends,
 however it ends, and what the script does then is decided by the journal alone:
 
@@ -31,7 +34,9 @@ from pathlib import Path
 
 from coordinator.errors import DumpFailed
 
-PRE_DUMP, POST_DUMP, POST_RESTORE, POST_RESUME = "pre-dump", "post-dump", "post-restore", "post-resume"
+PRE_DUMP, POST_DUMP, POST_RESTORE = "pre-dump", "post-dump", "post-restore"
+#: Only told, not waited at.
+PRE_RESUME, POST_RESUME = "pre-resume", "post-resume"
 
 #: One option a line, as CRIU's parser wants it. ghost-limit: obstacles.MOST_DELETED_BYTES (CRIU's own is 1 MiB).
 _CONFIG = "network-lock skip\nghost-limit 33554432\naction-script {script}\n{lazy}"
@@ -51,7 +56,7 @@ _SCRIPT = """#!/bin/sh
 case "$CRTOOLS_SCRIPT_ACTION" in
 {actions}) ;;
 status-ready) exit {status_ready} ;;
-post-resume) echo "post-resume $CRTOOLS_INIT_PID" 1<>{reached}; exit 0 ;;
+pre-resume|post-resume) echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}; exit 0 ;;
 *) exit 0 ;;
 esac
 echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}

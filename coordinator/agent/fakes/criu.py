@@ -37,6 +37,7 @@ class FakeCriuRun:
         self.machine = machine
         self.journal = journal
         self.proceed = False
+        self.connected = asyncio.Event()
         self.resumed = asyncio.Event()
         self.reached = {action: asyncio.Event() for action in actions}
         self._unlocked = {action: asyncio.Event() for action in actions}
@@ -104,6 +105,9 @@ class FakeCriuRun:
             await asyncio.sleep(_POLL_S)
         if not machine.memory:
             return 1  # the guard has killed the tasks
+        if decided:
+            self.connected.set()
+            await asyncio.sleep(0)
         self.world.set_copy(machine, "running" if decided else "absent")
         self.resumed.set()
         await asyncio.sleep(0)
@@ -208,16 +212,24 @@ class FakeRestore(_Handle):
         await self.stands_at(POST_RESTORE)
         return self.run.pid
 
+    async def connected(self) -> None:
+        """See ``Restore``."""
+        await self.life.verb("criu connects", self.failure)
+        self.run.unlock(POST_RESTORE)
+        await self._passes(self.run.connected)
+
     async def resumed(self) -> None:
         """See ``Restore``."""
         await self.life.verb("criu resumes", self.failure)
-        self.run.unlock(POST_RESTORE)
-        running = asyncio.ensure_future(self.run.resumed.wait())
+        await self._passes(self.run.resumed)
+
+    async def _passes(self, stage: asyncio.Event) -> None:
+        passing = asyncio.ensure_future(stage.wait())
         try:
-            await asyncio.wait((running, self.exit), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((passing, self.exit), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            running.cancel()
-        if not self.run.resumed.is_set() and self.exit.result() != 0:
+            passing.cancel()
+        if not stage.is_set() and self.exit.result() != 0:
             raise self.failure
         await self.life.checkpoint()
 

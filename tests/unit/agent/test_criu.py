@@ -22,7 +22,8 @@ at() { CRTOOLS_SCRIPT_ACTION=$1 "$(sed -n 's/^action-script //p' "$CRIU_CONFIG_F
 DUMP = _SCRIPT + "at pre-dump || exit 3; at network-lock; at post-dump || exit 4"
 RESTORE = (
     _SCRIPT
-    + "read -r first <$IMAGES/inventory.img || exit 2; at pre-restore; at post-restore || exit 5; at post-resume"
+    + "read -r first <$IMAGES/inventory.img || exit 2; at pre-restore; at post-restore || exit 5; at pre-resume;"
+    + "at post-resume"
 )
 FAILING = "echo 'Warn: x'; echo 'Error (a.c:1): no such file'; exit 1"
 
@@ -100,23 +101,30 @@ async def test_a_restore_runs_when_it_is_committed(criu: HeldCriu, journal: Jour
     await restore.end()
 
 
-async def test_the_tasks_run_before_criu_has_ended(
+async def test_sockets_take_packets_before_the_tasks_run_and_those_run_before_criu_has_ended(
     criu: HeldCriu, journal: Journal, hold: InventoryHold, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    restore = await begun(criu, journal, hold, f"{RESTORE}; read line <{gate}")
+    waits = f"read line <{gate}"
+    text = RESTORE.replace("at post-resume", f"{waits}; at post-resume; {waits}")
+    restore = await begun(criu, journal, hold, text)
     commit(journal)
-    await restore.resumed()
-    with gate.open("w") as file:
-        file.write("go on\n")
+    for reached in (restore.connected, restore.resumed):
+        await reached()
+        with gate.open("w") as file:
+            file.write("go on\n")
     await restore.end()
 
 
-async def test_tasks_that_do_not_run_are_told(criu: HeldCriu, journal: Journal, hold: InventoryHold) -> None:
-    restore = await begun(criu, journal, hold, RESTORE.replace("at post-resume", "exit 7"))
+@pytest.mark.parametrize("stage", ["pre-resume", "post-resume"])
+async def test_tasks_that_do_not_run_are_told(
+    criu: HeldCriu, journal: Journal, hold: InventoryHold, stage: str
+) -> None:
+    restore = await begun(criu, journal, hold, RESTORE.replace(f"at {stage}", "exit 7"))
     commit(journal)
     with pytest.raises(RestoreFailed, match="exit status 7"):
+        await restore.connected()
         await restore.resumed()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, Hook
+from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, PRE_RESUME, Hook
 from coordinator.agent.obstacles import MOST_DELETED_BYTES
 from coordinator.journal import Journal, Phase
 
@@ -142,9 +142,10 @@ async def test_at_other_actions_it_does_nothing(tmp_path: Path, hook: Hook, acti
     assert await exit_status(begin(tmp_path, action)) == 0
 
 
-async def test_at_post_resume_it_reports_and_holds_nothing_up(tmp_path: Path, hook: Hook) -> None:
-    assert await exit_status(begin(tmp_path, POST_RESUME, pid=77)) == 0
-    assert await hook.arrival(POST_RESUME) == 77
+@pytest.mark.parametrize("action", [PRE_RESUME, POST_RESUME])
+async def test_about_the_resume_it_reports_and_holds_nothing_up(tmp_path: Path, hook: Hook, action: str) -> None:
+    assert await exit_status(begin(tmp_path, action, pid=77)) == 0
+    assert await hook.arrival(action) == 77
 
 
 @pytest.mark.parametrize("lazy", [True, False])
