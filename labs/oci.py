@@ -18,6 +18,13 @@ DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 
+#: By cgroup controller: a kind of limit, and the limit.
+LIMITS: dict[str, tuple[str, Any]] = {
+    "hugetlb": ("hugepageLimits", [{"pageSize": "2MB", "limit": 8 << 20}]),
+    "memory": ("memory", {"limit": 1 << 30}),
+    "pids": ("pids", {"limit": 500}),
+}
+
 
 def config(
     *,
@@ -79,6 +86,13 @@ def with_a_household(config: dict[str, Any], data: str) -> dict[str, Any]:
     limits = [{"type": "RLIMIT_NOFILE", "soft": 900, "hard": 1000}]
     mounts = [*config["mounts"], terminals, bound]
     return config | {"mounts": mounts, "process": config["process"] | {"rlimits": limits}}
+
+
+def with_limits(config: dict[str, Any], controllers: Sequence[str]) -> dict[str, Any]:
+    """The same container with a limit of each kind for which the host has a cgroup controller."""
+    limits = {kind: limit for controller, (kind, limit) in LIMITS.items() if controller in controllers}
+    linux = config["linux"] | {"resources": config["linux"]["resources"] | limits}
+    return config | {"linux": linux}
 
 
 def with_a_user_namespace(config: dict[str, Any]) -> dict[str, Any]:

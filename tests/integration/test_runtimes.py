@@ -88,6 +88,35 @@ def test_everything_in_a_container_goes_on(packaged_lab: Lab, runtime: Runtime) 
         scene.close()
 
 
+#: By controller: the file of cgroup v2, and what `oci.with_limits` has written there.
+LIMITS = {"hugetlb": ("hugetlb.2MB.max", 8 << 20), "memory": ("memory.max", 1 << 30), "pids": ("pids.max", 500)}
+
+
+@pytest.mark.parametrize("runtime", STATES)
+def test_limits_of_the_control_group_hold_wherever_the_container_is(packaged_lab: Lab, runtime: Runtime) -> None:
+    """Of every controller that this machine leaves to cgroup v2."""
+    known = packaged_lab.host("alpha").read_file("/sys/fs/cgroup/cgroup.subtree_control").split()
+    wanted = {file: limit for controller, (file, limit) in LIMITS.items() if controller in known}
+    assert wanted, f"cgroup v2 has none of {', '.join(LIMITS)}: {known}"
+    scene = scene_of(packaged_lab, runtime)
+    name = scene.workload.name
+    try:
+        scene.close()
+        for host in map(packaged_lab.host, ("alpha", "beta")):
+            path = f"{scene.workload.bundle}/config.json"
+            host.write_file(path, json.dumps(oci.with_limits(json.loads(host.read_file(path)), known)))
+        workloads.start(packaged_lab, scene.workload, "alpha")
+        for there, destination in (("alpha", "beta"), ("beta", "alpha")):
+            assert migrate(packaged_lab, name, destination).status == 0
+            found = {
+                file: int(packaged_lab.host(destination).read_file(f"/sys/fs/cgroup/{name}/{file}")) for file in wanted
+            }
+            assert found == wanted
+            assert packaged_lab.host(there).run(["test", "-d", f"/sys/fs/cgroup/{name}"], check=False).returncode == 1
+    finally:
+        workloads.stop(packaged_lab, scene.workload)
+
+
 @pytest.mark.parametrize("runtime", STATES)
 def test_what_cannot_be_moved_is_told(packaged_lab: Lab, runtime: Runtime) -> None:
     """A user namespace, standard output into a pipe, an error log on the host."""
