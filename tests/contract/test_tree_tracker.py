@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,34 @@ def test_a_child_that_goes_is_named_once(target: Target) -> None:
         assert tree.collect().keys() == {target.pid}
         assert tree.take_gone() == (child,)
         assert tree.take_gone() == ()
+
+
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+
+def test_a_pid_that_is_used_again_between_two_rounds_names_another_process(target: Target) -> None:
+    start = target.run("(a := area(8))")
+    target.run("put(a, 1, 4)")
+    child = target.fork("put(a, 5, 6)")
+    until(lambda: state(child) == "S")
+    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+        first = tree.collect()[child]
+        # Start times are told in clock ticks: no pid comes round within one, but here it could.
+        until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") > first.started + 2)
+        os.kill(child, signal.SIGKILL)
+        target.run(f"os.waitpid({child}, 0)[0]")
+        for _ in range(100):  # another process on this machine may be quicker
+            LAST_PID.write_text(str(child - 1))
+            if (pid := target.fork()) == child:
+                break
+        assert pid == child
+        until(lambda: state(child) == "S")
+        second = tree.collect()[child]
+        assert second.fresh
+        assert second.started > first.started
+        assert within(second.changes.dirty, start, 8) == pages(start, 0, 1, 2, 3)
+        assert child in tree.take_gone()
+        assert not tree.collect()[child].fresh
 
 
 def test_a_zombie_is_gone(target: Target) -> None:
