@@ -19,7 +19,8 @@ class Event:
     """One thing that happened on one host.
 
     ``phase``: ``name`` is the phase entered. ``step``: a span inside a phase, ``state`` says which end of it.
-    ``progress``: ``done`` of ``total`` ``unit``. ``notice``: a warning with a stable ``name`` and a ``detail`` to read.
+    ``progress``: ``done`` of ``total`` ``unit``, or of nobody knows how many (0). ``notice``: a warning with a stable
+    ``name`` and a ``detail`` to read.
     """
 
     kind: EventName
@@ -32,6 +33,11 @@ class Event:
     done: int = 0
     total: int = 0
     unit: str = ""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more to come, of a ``progress``."""
+        return self.done < self.total or not self.total
 
 
 EventSink = Callable[[Event], None]

@@ -97,9 +97,9 @@ class Half:
         raise NotImplementedError
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Tell how many bytes of how many are done, at most every 100 ms."""
+        """Tell how many bytes of how many (0: not known) are done, at most every 100 ms."""
         at_ms = self.elapsed_ms()
-        if at_ms - self._progress_at < PROGRESS_INTERVAL_MS and done < total:
+        if at_ms - self._progress_at < PROGRESS_INTERVAL_MS and done != total:
             return
         self._progress_at = at_ms
         event = Event(

@@ -164,7 +164,7 @@ class SourceHalf(Half):
         self._root_pid = (await self._running()).root_pid
         await self.settling.notice()
         async with asyncio.timeout(self.plan.deadlines.copy_s):
-            await self.files.copy(self._link())
+            await self.files.copy(self._link(), self.progress)
             await self.memory.copy(self._root_pid, self._link(), self.progress)
             await self.files.catch_up(self._root_pid, self._link())
         if (decision := self.memory.report.decision) is not None and decision.kind is Kind.GIVE_UP:

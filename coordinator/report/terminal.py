@@ -32,7 +32,7 @@ class ProgressState:
             self.entered.setdefault(event.name, event.at_ms)
             self.sending = None
         elif event.kind == "progress":
-            self.sending = event if event.done < event.total else None
+            self.sending = event if event.goes_on else None
         elif event.kind == "step":
             if event.state == "started":
                 self.doing[event.host, event.name] = event
@@ -67,10 +67,11 @@ class ProgressState:
 
 
 def amount(event: Event) -> str:
-    """How much of how much is done: ``alpha: images 12.0 of 64.0 MiB``."""
-    if event.unit == "bytes":
-        return f"{event.host}: {event.name} {event.done / _MIB:.1f} of {event.total / _MIB:.1f} MiB"
-    return f"{event.host}: {event.name} {event.done} of {event.total} {event.unit}"
+    """How much of how much is done, if that is known: ``alpha: images 12.0 of 64.0 MiB``."""
+    done, total, unit = str(event.done), str(event.total), event.unit
+    if unit == "bytes":
+        done, total, unit = f"{event.done / _MIB:.1f}", f"{event.total / _MIB:.1f}", "MiB"
+    return f"{event.host}: {event.name} {done}{f' of {total}' if event.total else ''} {unit}"
 
 
 def line_of(event: Event, *, verbose: bool) -> str | None:
@@ -82,7 +83,7 @@ def line_of(event: Event, *, verbose: bool) -> str | None:
             f": {event.detail}" if event.detail else ""
         )
     if event.kind == "progress":
-        return amount(event) if event.done >= event.total else None
+        return None if event.goes_on else amount(event)
     if verbose:
         return f"{event.host}: {event.name} {event.state}" + (f": {event.detail}" if event.detail else "")
     return None

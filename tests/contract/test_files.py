@@ -23,6 +23,7 @@ from coordinator.agent.fakes.channel import fake_channel
 from coordinator.agent.files import source as source_module
 from coordinator.agent.files.left_over import LeftOver
 from coordinator.agent.files.looking import listing, walk
+from coordinator.agent.files.rsync import STREAM_BROKEN
 from coordinator.agent.files.source import SyncedFiles
 from coordinator.agent.files.target import ReceivedFiles
 from coordinator.agent.messages import SyncBegin
@@ -53,12 +54,17 @@ def rsync(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+#: Documentation/admin-guide/sysctl/fs.rst
+EVENTS_KEPT = Path("/proc/sys/fs/fanotify/max_queued_events")
+
+
 @dataclass
 class Two:
     """A tree on the "source", what becomes of it on the "destination", and the adapters between them."""
 
     folder: Path
     passes: list[tuple[str, ...]] = field(default_factory=list)
+    told: list[tuple[str, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.here, self.there = self.folder / "here/tree", self.folder / "there/tree"
@@ -88,7 +94,7 @@ class Two:
 
     async def copied(self) -> None:
         self.begin()
-        await self.source.copy(self.channel)
+        await self.source.copy(self.channel, lambda *told: self.told.append(told))
 
     async def last(self) -> None:
         await self.source.catch_up(os.getpid(), self.channel)
@@ -180,6 +186,9 @@ async def test_everything_arrives(two: Two) -> None:
     two.check_equal()
     assert (two.there / "sparse").stat().st_blocks < 100
     assert frozenset({"plain", "folder/linked"}) in links(two.there)
+    *under_way, (_, sent, total) = two.told
+    assert sent == total > (two.here / "plain").stat().st_size
+    assert [each for each in under_way if each[0] != "files" or not 0 < each[1] <= sent or each[2]] == []
     two.source.check_untouched()
     assert await two.close() == []
 
@@ -307,6 +316,50 @@ async def test_a_service_that_writes_all_the_time(two: Two) -> None:
         two.source.check_untouched()
 
 
+@contextmanager
+def rsync_that_breaks_off(times: int) -> Iterator[None]:
+    """The sender's, so many times, at the end of its pass."""
+    folder = Path(mkdtemp())
+    (folder / "left").write_text("x" * times)
+    script = f"""#!/bin/sh
+case "$*" in *--server*) exec {shutil.which("rsync")} "$@" ;; esac
+{shutil.which("rsync")} "$@" || exit
+[ -s {folder}/left ] || exit 0
+truncate -s -1 {folder}/left
+exit {STREAM_BROKEN}
+"""
+    (folder / "rsync").write_text(script)
+    (folder / "rsync").chmod(0o755)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+            yield
+    finally:
+        shutil.rmtree(folder)
+
+
+async def test_a_pass_that_breaks_off_is_made_again_while_the_service_runs(two: Two) -> None:
+    fill(two.here)
+    with rsync_that_breaks_off(2):
+        await two.copied()
+    _replace(two.here)
+    with rsync_that_breaks_off(2):
+        await two.source.catch_up(os.getpid(), two.channel)
+    await two.source.last(os.getpid(), two.channel)
+    two.check_equal()
+
+
+async def test_a_pass_that_always_breaks_off_or_does_so_in_the_freeze_is_an_error(two: Two) -> None:
+    fill(two.here)
+    with rsync_that_breaks_off(1000), pytest.raises(FilesNotCopied, match="rsync ended with 12"):
+        await two.copied()
+    assert len(two.passes) < 10
+    await two.source.copy(two.channel, lambda *_: None)
+    _replace(two.here)
+    with rsync_that_breaks_off(1), pytest.raises(FilesNotCopied, match="rsync ended with 12"):
+        await two.source.last(os.getpid(), two.channel)
+
+
 async def test_without_events_the_last_pass_looks_at_everything_and_says_so(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +374,23 @@ async def test_without_events_the_last_pass_looks_at_everything_and_says_so(
     two.check_equal()
     (warning,) = await two.close()
     assert "events are not to be had" in warning
+
+
+async def test_after_more_events_than_the_kernel_keeps_the_last_pass_looks_at_everything_and_says_so(two: Two) -> None:
+    fill(two.here)
+    await two.copied()
+    (two.here / "many").mkdir()
+    for number in range(int(EVENTS_KEPT.read_text()) + 100):  # nobody reads them: the loop is ours
+        (two.here / "many" / str(number)).touch()
+    _replace(two.here)
+    await two.source.last(os.getpid(), two.channel)
+    two.check_equal()
+    two.source.check_untouched()
+    (two.here / "owned").write_text("somebody else")
+    with pytest.raises(FilesChanged, match="/owned was written to"):
+        two.source.check_untouched()
+    (warning,) = await two.close()
+    assert "too many changed at once" in warning
 
 
 async def test_a_file_that_changes_in_the_last_pass(two: Two) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from coordinator.agent.channel import Channel, expect
 from coordinator.agent.fakes.world import Life
+from coordinator.agent.files.base import Progress
 from coordinator.agent.messages import SyncBegin, SyncBytes, SyncEnded
 from coordinator.errors import FilesChanged, FilesNotCopied
 
@@ -24,7 +25,7 @@ class FakeFilesSource:
         self._life.step("files claimed", OSError("the disk is full"))
         self._machine.left_over = False
 
-    async def copy(self, link: Channel) -> None:
+    async def copy(self, link: Channel, progress: Progress) -> None:
         """See ``FilesSource``."""
         await self._send("files copied", link)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.messages import SyncBegin
+
+#: Is told what is sent, how many bytes, and of how many; 0 if that is not known.
+Progress = Callable[[str, int, int], None]
 
 
 class FilesSource(Protocol):
@@ -18,9 +22,10 @@ class FilesSource(Protocol):
     def claim(self) -> None:
         """The workload is here: its directories are nobody's left-over."""
 
-    async def copy(self, link: Channel) -> None:
+    async def copy(self, link: Channel, progress: Progress) -> None:
         """Copy everything, and then what has changed meanwhile, until that is little; the service runs.
 
+        ``progress`` is told of the bytes sent; how many it will be is not known before the end.
         Raises ``FilesNotCopied``."""
 
     async def catch_up(self, root_pid: int, link: Channel) -> None:

@@ -17,13 +17,19 @@ from coordinator.facts import Tree, TreeFacts
 _SECTOR_BYTES = 512
 _CHUNK_BYTES = 1024 * 1024
 _DIGEST_BYTES = 16
+#: It is not there any more, or a directory above it is something else now.
+_GONE = (FileNotFoundError, NotADirectoryError)
 
 
 def walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
     """Every entry of a tree, the root first as ".", parents before what is in them, in a fixed order.
 
-    It stays on the root's file system. What goes away meanwhile is left out; another ``OSError`` is raised."""
-    top = os.lstat(root)
+    It stays on the root's file system. What goes away meanwhile is left out, be it the root; another ``OSError`` is
+    raised."""
+    try:
+        top = os.lstat(root)
+    except _GONE:
+        return
     yield ".", top
     ahead = ["."]
     while ahead:
@@ -31,12 +37,12 @@ def walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
         try:
             with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118 - names that are no text
                 names = sorted(entry.name for entry in entries)
-        except (FileNotFoundError, NotADirectoryError):
+        except _GONE:
             continue
         below = []
         for name in names:
             path = name if folder == "." else f"{folder}/{name}"
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*_GONE):
                 about = os.lstat(f"{root}/{path}")
                 if not stat.S_ISDIR(about.st_mode):
                     yield path, about

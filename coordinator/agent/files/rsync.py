@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ _HEADER_END = b"\0\0"
 _END_S = 10.0
 
 #: rsync(1), EXIT VALUES.
-PARTIAL, VANISHED = 23, 24
+SOCKET_BROKEN, STREAM_BROKEN, PARTIAL, VANISHED = 10, 12, 23, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,12 @@ class Rsync:
         self._work = work
         self._running: Piped | None = None
 
-    async def send(self, link: Channel, number: int, folder: str, what: ToSend | None = None) -> Ended:
-        """One pass over the tree ``number`` of the plan, which is ``folder`` here: all of it, or only ``what``."""
+    async def send(
+        self, link: Channel, number: int, folder: str, sent: Callable[[int], None], what: ToSend | None = None
+    ) -> Ended:
+        """One pass over the tree ``number`` of the plan, which is ``folder`` here: all of it, or only ``what``.
+
+        ``sent`` is told how many bytes have gone each time."""
         shell = self._work / "rsync-shell"
         shell.write_text(_SHELL)
         how: tuple[str, ...] = _WHOLE_TREE
@@ -81,7 +86,7 @@ class Rsync:
             header = await running.reader.readuntil(_HEADER_END)
             arguments = tuple(header[: -len(_HEADER_END)].decode().split("\0"))
             await link.send(SyncBegin(tree=number, arguments=arguments))
-            ended = await _talk(link, running, SyncEnded)
+            ended = await _talk(link, running, SyncEnded, sent)
             status = await running.wait()
         except asyncio.IncompleteReadError as error:
             raise FilesNotCopied(f"{running.command}: {_first_line(complaints.read_text(errors='replace'))}") from error
@@ -112,9 +117,11 @@ async def receive(link: Channel, begin: SyncBegin, folder: str, complaints: Path
     await link.send(SyncEnded(status=status, said=complaints.read_text(errors="replace")))
 
 
-async def _talk(link: Channel, running: Piped, last: type[SyncEnded] | None) -> SyncEnded:
+async def _talk(
+    link: Channel, running: Piped, last: type[SyncEnded] | None, sent: Callable[[int], None] = lambda _: None
+) -> SyncEnded:
     """Carry bytes both ways until both have ended. The source reads on to the destination's last word."""
-    sending = asyncio.ensure_future(_send_all(link, running))
+    sending = asyncio.ensure_future(_send_all(link, running, sent))
     try:
         while True:
             message, payload = await link.receive()
@@ -140,7 +147,8 @@ def _first_line(text: str) -> str:
     return next(filter(None, map(str.strip, text.splitlines())), "no output")
 
 
-async def _send_all(link: Channel, running: Piped) -> None:
+async def _send_all(link: Channel, running: Piped, sent: Callable[[int], None]) -> None:
     while data := await running.reader.read(PIPE_BYTES):
         await link.send(SyncBytes(), data)
+        sent(len(data))
     await link.send(SyncBytes())

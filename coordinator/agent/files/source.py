@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coordinator.agent.channel import Channel
+from coordinator.agent.files.base import Progress
 from coordinator.agent.files.changes import Links, ToSend, changed_since, to_send
 from coordinator.agent.files.in_use import Stamp, files_in_use
 from coordinator.agent.files.left_over import LeftOver
-from coordinator.agent.files.rsync import PARTIAL, VANISHED, Ended, Rsync
+from coordinator.agent.files.rsync import PARTIAL, SOCKET_BROKEN, STREAM_BROKEN, VANISHED, Rsync
 from coordinator.agent.files.watch import Changed, Watch
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import FilesChanged, FilesNotCopied
@@ -21,8 +23,12 @@ from coordinator.facts import Tree
 
 #: Passes of what has changed: they stop when one was so short, or was not much shorter than the one before.
 _SHORT_S, _SHRINKS, _MOST_PASSES = 0.2, 0.7, 10
-#: A whole pass that the service has disturbed is made again.
-_TRIES = 3
+#: With these statuses a pass has brought over all there is, all that was there while it ran, and most of it.
+_COMPLETE, _CURRENT, _SOMETHING = frozenset({0}), frozenset({0, VANISHED}), frozenset({0, VANISHED, PARTIAL})
+#: A service that runs can make a pass end so; it is made again. A file that goes after it was listed, and before its
+#: access control list was read, makes rsync 3.5 send what the other side breaks off at.
+_DISTURBED = frozenset({PARTIAL, SOCKET_BROKEN, STREAM_BROKEN})
+_TRIES = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,6 +50,8 @@ class SyncedFiles:
         self._lost = False
         self._stamps: dict[tuple[int, str], Stamp] = {}
         self._warnings: list[str] = []
+        self._progress: Progress = _tell_nobody
+        self._sent_bytes = 0
 
     @property
     def wanted(self) -> bool:
@@ -62,11 +70,17 @@ class SyncedFiles:
         if self._trees:
             self._left_over.remember(Path(tree.path) for tree in self._trees)
 
-    async def copy(self, link: Channel) -> None:
+    async def copy(self, link: Channel, progress: Progress) -> None:
         """See ``FilesSource``. What changes during the second pass is known from events; that one looks at everything
         because the first may have taken hours."""
         if not self._trees:
             return
+        self._progress = progress
+        await self._until_little_changes(link)
+        self._progress = _tell_nobody
+        progress("files", self._sent_bytes, self._sent_bytes)
+
+    async def _until_little_changes(self, link: Channel) -> None:
         await self._whole(link, only_once=True)
         self._begin_watch()
         for tree, links in zip(self._trees, self._links, strict=True):
@@ -153,27 +167,37 @@ class SyncedFiles:
         pending, self._pending = self._pending, set()
         for number, tree in enumerate(self._trees):
             mine = [each for each in pending if each.tree == number]
-            what = await asyncio.to_thread(to_send, tree.path, mine, self._links[number])
-            if what.paths:
-                self._check(tree, await self._send(link, number, what), frozen=frozen)
+            choose = functools.partial(to_send, tree.path, mine, self._links[number])
+            await self._pass(link, number, choose, _COMPLETE if frozen else _CURRENT)
 
     async def _whole(self, link: Channel, *, frozen: bool = False, only_once: bool = False) -> None:
-        """Look at everything. The service may disturb a pass while it runs: one that is made ``only_once`` need not be
-        complete."""
-        for number, tree in enumerate(self._trees):
-            for _ in range(1 if only_once or frozen else _TRIES):
-                ended = await self._send(link, number, None)
-                if ended.status != PARTIAL:
-                    break
-            self._check(tree, ended, frozen=frozen, partial=only_once)
+        """Look at everything. A pass that is made ``only_once`` need not be complete."""
+        enough = _COMPLETE if frozen else _SOMETHING if only_once else _CURRENT
+        for number in range(len(self._trees)):
+            await self._pass(link, number, lambda: None, enough)
 
-    async def _send(self, link: Channel, number: int, what: ToSend | None) -> Ended:
-        return await self._rsync.send(link, self._numbers[number], self._trees[number].path, what)
+    async def _pass(
+        self, link: Channel, number: int, choose: Callable[[], ToSend | None], enough: frozenset[int]
+    ) -> None:
+        """One pass, made again where the service may have disturbed it: all of the tree, or what is chosen."""
+        path = self._trees[number].path
+        for _ in range(1 if enough is _COMPLETE else _TRIES):
+            what = await asyncio.to_thread(choose)
+            if what is not None and not what.paths:
+                return
+            ended = await self._rsync.send(link, self._numbers[number], path, self._count, what)
+            if ended.status in enough or ended.status not in _DISTURBED:
+                break
+        if ended.status not in enough:
+            raise FilesNotCopied(f"copying {path}: rsync ended with {ended.status}: {ended.complaint}")
 
-    def _check(self, tree: Tree, ended: Ended, *, frozen: bool, partial: bool = False) -> None:
-        harmless = {0} if frozen else {0, VANISHED, PARTIAL} if partial else {0, VANISHED}
-        if ended.status not in harmless:
-            raise FilesNotCopied(f"copying {tree.path}: rsync ended with {ended.status}: {ended.complaint}")
+    def _count(self, sent_bytes: int) -> None:
+        self._sent_bytes += sent_bytes
+        self._progress("files", self._sent_bytes, 0)
+
+
+def _tell_nobody(name: str, done: int, total: int) -> None:
+    """In the freeze there is no time to tell."""
 
 
 def _changed(tree: Tree, path: str) -> FilesChanged:

@@ -55,6 +55,7 @@ NOTICE = event("notice", "WARNING", detail="the address was not taken back", hin
         (NOTICE, False, "alpha: warning: the address was not taken back → look at it"),
         (SENDING, False, None),
         (SENT, False, "alpha: images 4.0 of 4.0 MiB"),
+        (event("progress", "files", done=4 << 20, unit="bytes"), False, None),
         (event("step", "connect", state="started"), False, None),
         (event("step", "connect", state="started"), True, "alpha: connect started"),
         (event("step", "connect", state="failed", detail="no route"), True, "alpha: connect failed: no route"),
@@ -79,6 +80,8 @@ def test_phases_have_the_time_until_the_next_one_and_the_first_to_enter_counts()
     assert "images 1.0 of 4.0 MiB" in shown
     state.take(SENT)
     assert "images" not in state.display().plain
+    state.take(event("progress", "files", done=4 << 20, unit="bytes"))
+    assert "files 4.0 MiB" in state.display().plain
 
 
 def test_steps_are_shown_while_they_last() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def described(path: Path, files: FilesKind, state: Path, nonce: str = "") -> Tre
 
 def test_every_entry_once_and_parents_first(tmp_path: Path) -> None:
     assert [path for path, _ in walk(str(fill(tmp_path)))] == [".", "a", "a-file", "link", "pipe", "a/b", "a/b/file"]
+
+
+def test_what_goes_away_during_a_walk_is_left_out(tmp_path: Path) -> None:
+    root = fill(tmp_path)
+    seen = []
+    for path, _ in walk(str(root)):
+        seen.append(path)
+        if path == "a":
+            shutil.rmtree(root / "a")
+            (root / "a").write_text("no directory any more")
+    assert seen == [".", "a", "a-file", "link", "pipe"]
+    assert list(walk(str(root / "gone"))) == list(walk(str(root / "a-file/below"))) == []
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
