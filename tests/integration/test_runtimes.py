@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import pytest
 
-from labs import config, oci, workloads
+from labs import config, groups, oci, workloads
 from labs.lab import Lab
 from labs.machines import Host
 from tests.integration.command import livemove, migrate
@@ -92,29 +93,40 @@ def test_everything_in_a_container_goes_on(packaged_lab: Lab, runtime: Runtime) 
 LIMITS = {"hugetlb": ("hugetlb.2MB.max", 8 << 20), "memory": ("memory.max", 1 << 30), "pids": ("pids.max", 500)}
 
 
+@contextmanager
+def controllers(lab: Lab) -> Iterator[list[str]]:
+    """Those of `LIMITS` that this machine leaves to cgroup v2, handed down to the containers on two hosts."""
+    top, group = groups.hierarchy(), groups.of_lab(lab.name)
+    found = [each for each in (top / "cgroup.controllers").read_text().split() if each in LIMITS]
+    with ExitStack() as undo:
+        for folder in (top, group, group / "alpha", group / "beta"):
+            control = folder / "cgroup.subtree_control"
+            for each in set(found) - set(control.read_text().split()):
+                control.write_text(f"+{each}")
+                undo.callback(control.write_text, f"-{each}")
+        yield found
+
+
 @pytest.mark.parametrize("runtime", STATES)
 def test_limits_of_the_control_group_hold_wherever_the_container_is(packaged_lab: Lab, runtime: Runtime) -> None:
-    """Of every controller that this machine leaves to cgroup v2."""
-    known = packaged_lab.host("alpha").read_file("/sys/fs/cgroup/cgroup.subtree_control").split()
-    wanted = {file: limit for controller, (file, limit) in LIMITS.items() if controller in known}
-    assert wanted, f"cgroup v2 has none of {', '.join(LIMITS)}: {known}"
     scene = scene_of(packaged_lab, runtime)
-    name = scene.workload.name
-    try:
-        scene.close()
-        for host in map(packaged_lab.host, ("alpha", "beta")):
-            path = f"{scene.workload.bundle}/config.json"
-            host.write_file(path, json.dumps(oci.with_limits(json.loads(host.read_file(path)), known)))
-        workloads.start(packaged_lab, scene.workload, "alpha")
-        for there, destination in (("alpha", "beta"), ("beta", "alpha")):
-            assert migrate(packaged_lab, name, destination).status == 0
-            found = {
-                file: int(packaged_lab.host(destination).read_file(f"/sys/fs/cgroup/{name}/{file}")) for file in wanted
-            }
-            assert found == wanted
-            assert packaged_lab.host(there).run(["test", "-d", f"/sys/fs/cgroup/{name}"], check=False).returncode == 1
-    finally:
-        workloads.stop(packaged_lab, scene.workload)
+    scene.close()
+    name, path = scene.workload.name, f"{scene.workload.bundle}/config.json"
+    hosts = {host: packaged_lab.host(host) for host in ("alpha", "beta")}
+    with controllers(packaged_lab) as known:
+        wanted = dict(LIMITS[controller] for controller in known)
+        assert wanted, f"this machine leaves none of {', '.join(LIMITS)} to cgroup v2"
+        try:
+            for host in hosts.values():
+                host.write_file(path, json.dumps(oci.with_limits(json.loads(host.read_file(path)), known)))
+            workloads.start(packaged_lab, scene.workload, "alpha")
+            for there, destination in (("alpha", "beta"), ("beta", "alpha")):
+                assert migrate(packaged_lab, name, destination).status == 0
+                group = f"/sys/fs/cgroup/{name}"
+                assert {file: int(hosts[destination].read_file(f"{group}/{file}")) for file in wanted} == wanted
+                assert hosts[there].run(["test", "-d", group], check=False).returncode == 1
+        finally:
+            workloads.stop(packaged_lab, scene.workload)
 
 
 @pytest.mark.parametrize("runtime", STATES)
