@@ -59,20 +59,24 @@ status-ready) exit {status_ready} ;;
 pre-resume|post-resume) echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}; exit 0 ;;
 *) exit 0 ;;
 esac
-echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}
-{flock} -s {hold}."$CRTOOLS_SCRIPT_ACTION" true
 decide() {{
     while read -r line; do
         case "$line" in
         *'"phase":"COMMITTED"'*) {committed} ;;
         *'"phase":"ABORTED"'*) exit 1 ;;
         esac
-    done <{journal}
+    done
 }}
+# A shell reads byte by byte. What is there already is read before the wait; the rest, and if that does not decide
+# everything once more, behind it.
+if [ -r {journal} ]; then exec 8<{journal}; else exec 8</dev/null; fi
+while read -r line <&8; do :; done
+echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}
+{flock} -s 9 9<{hold}."$CRTOOLS_SCRIPT_ACTION"
 case "$CRTOOLS_SCRIPT_ACTION" in
 pre-dump) [ -e {proceed} ]; exit ;;
-post-dump) decide; exit 1 ;;
-post-restore) while :; do decide; sleep 0.1; done ;;
+post-dump) decide <&8; decide <{journal}; exit 1 ;;
+post-restore) decide <&8; while :; do decide <{journal}; sleep 0.1; done ;;
 esac
 """
 

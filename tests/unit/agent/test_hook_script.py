@@ -195,6 +195,21 @@ async def test_the_configuration_is_one_option_a_line(hook: Hook, tmp_path: Path
     assert hook.config.read_text().splitlines()[-1] == f"action-script {script(tmp_path)}"
 
 
+@pytest.mark.parametrize("half", ["", '{"at":1,"kind":"phase","phase":"COMM'])
+async def test_what_the_journal_got_while_it_was_read_counts(
+    tmp_path: Path, hook: Hook, journal: Journal, half: str
+) -> None:
+    """A line of which the script had seen a part when it began to wait."""
+    with journal.path.open("a") as file:
+        file.write(half)
+        file.flush()
+        process = await standing(hook, tmp_path, POST_DUMP)
+        file.write((half and 'ITTED"}') or '{"at":1,"kind":"phase","phase":"COMMITTED"}')
+        file.write("\n")
+    hook.release(POST_DUMP)
+    assert await exit_status(process) == 0
+
+
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
