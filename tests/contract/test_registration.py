@@ -153,6 +153,26 @@ def test_what_the_kernel_refuses_keeps_nothing_else_from_being_tracked(
     assert within(tracker.collect().dirty, fresh, 20) == pages(fresh, 0, 1)
 
 
+@pytest.mark.parametrize("second", ["droppable", "a userfaultfd of its own"])
+def test_one_refused_mapping_after_the_other(target: Target, tracker: WriteProtectTracker, second: str) -> None:
+    """What was registered between the first time and the second is ours, whatever smaps says of it."""
+    target.run("import fcntl")
+    above = target.run("(a := area(20))")
+    target.run("put(a, 1, 20); libc.munmap(a + 14 * PAGE, 4 * PAGE)")
+    target.run(OBSTACLES["read-only"])
+    tracker.collect()
+    target.run("first = a; area(2, PRIVATE | ANON | FIXED, at=a + 15 * PAGE); put(a + 15 * PAGE, 1, 2)")
+    below = target.run("(a := area(20))")
+    target.run("put(a, 1, 20)")
+    target.run(OBSTACLES[second])
+    tracker.collect()
+    target.run("put(first + PAGE, 2); put(first + 16 * PAGE, 2); put(a + PAGE, 2); put(a + 15 * PAGE, 2)")
+    for _ in range(2):
+        answer = tracker.collect().dirty
+    assert within(answer, above, 20) <= pages(above, *range(8, 12))
+    assert within(answer, below, 20) == pages(below, *range(8, 12))
+
+
 def test_what_comes_in_the_place_of_a_refused_mapping_is_tracked(target: Target, tracker: WriteProtectTracker) -> None:
     start = target.run("(a := area(20))")
     target.run("put(a, 1, 20)")

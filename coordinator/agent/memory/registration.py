@@ -21,7 +21,7 @@ from pathlib import Path
 
 from coordinator.agent.memory.base import Backing, Mapping
 from coordinator.agent.memory.mappings import ADDRESS_LIMIT, read_flags
-from coordinator.agent.memory.runs import Span, Spans, difference, intersection, normalise, spans_of, touching
+from coordinator.agent.memory.runs import Span, Spans, difference, intersection, normalise, spans_of, touching, union
 from coordinator.agent.memory.userfault import register
 
 _LEAST_ADDRESS = Path("/proc/sys/vm/mmap_min_addr")
@@ -52,43 +52,39 @@ class Registration:
         self.keep(memory)
         outside = [each for each in mappings if each.backing is Backing.DEVICE]
         wanted = spans_of(memory)
-        taken: Spans = []
-        for start, end in stretches(mappings, outside):
-            if not intersection([(start, end)], wanted):
-                continue
-            if not register(self._userfaultfd, start, end):
-                taken.append((start, end))
-            else:
-                taken.extend(self._between_refused(start, end, mappings, outside))
+        for span in stretches(mappings, outside):
+            if intersection([span], wanted):
+                taken = [span] if not register(self._userfaultfd, *span) else self._parts_of(span, mappings, outside)
+                self.registered = union(self.registered, intersection(taken, wanted))
         self.read_only = self._never_writable()
-        self.registered = normalise([*self.registered, *intersection(normalise(taken), wanted)])
 
-    def _between_refused(self, start: int, end: int, mappings: list[Mapping], outside: list[Mapping]) -> Spans:
+    def _parts_of(self, refused: Span, mappings: list[Mapping], outside: list[Mapping]) -> Spans:
         """Register what the kernel takes of a range that it refuses as a whole; return that.
 
         First with what it refused the last time, and asked anew if that is not all. What is refused then is tried one
         by one: huge pages want a range that begins and ends where theirs do, but cannot grow."""
         self._refused &= frozenset(mappings)
+        taken: Spans = []
         for ask in (False, True):
             if ask:
-                self._refused |= self._find_refused(mappings)
-            parts = intersection(stretches(mappings, [*outside, *self._refused]), [(start, end)])
-            taken = self._register_each(parts)
-            if len(taken) == len(parts):
+                self._refused |= self._find_refused(mappings, ours=union(self.registered, taken))
+            parts = intersection(stretches(mappings, [*outside, *self._refused]), [refused])
+            taken = union(taken, self._register_each(difference(parts, taken)))
+            if not (rest := difference(parts, taken)):
                 return taken
-        rest = difference(parts, taken)
-        return taken + self._register_each((each.start, each.end) for each in touching(mappings, rest))
+        return union(taken, self._register_each((each.start, each.end) for each in touching(mappings, rest)))
 
     def _register_each(self, spans: Iterable[Span]) -> Spans:
-        return [span for span in spans if not register(self._userfaultfd, *span)]
+        return normalise(span for span in spans if not register(self._userfaultfd, *span))
 
-    def _find_refused(self, mappings: list[Mapping]) -> frozenset[Mapping]:
+    def _find_refused(self, mappings: list[Mapping], ours: Spans) -> frozenset[Mapping]:
+        """What the kernel will refuse, told by smaps. ``ours``: where the userfaultfd that smaps tells of is this."""
         flags = read_flags(self._pid)
         found = set()
         for mapping in mappings:
             span = (mapping.start, mapping.end)
             has = flags.get(span, frozenset({"mw"}))
-            others = has & _WATCHED and not intersection([span], self.registered)
+            others = has & _WATCHED and not intersection([span], ours)
             if "mw" not in has or "dp" in has or others:
                 found.add(mapping)
         return frozenset(found)
