@@ -23,6 +23,8 @@ PAGE_BYTES = mmap.PAGESIZE
 MAYMOVE, FIXED, MADV_DONTNEED = 1, 2, 4
 _SERIALS_OF_ONE_PROCESS = 1 << 40
 _HEADER = struct.Struct("=QQ")
+#: Where a process tells of the pages that it found to be wrong.
+NOTES = Path("/tmp/wrong-pages")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
@@ -87,8 +89,10 @@ class Region:
     def check(self, page: int) -> None:
         """Count the page if it does not hold what was written last."""
         serial = self._serials[page]
-        if self.read(page) != (contents(self._name | page, serial) if serial else self._initial(page)):
+        found = self.read(page)
+        if found != (contents(self._name | page, serial) if serial else self._initial(page)):
             self.wrong += 1
+            self._note(page, serial, found)
 
     def check_all(self) -> None:
         """Check every page: those of others for being whole, which takes that nobody writes meanwhile."""
@@ -97,6 +101,13 @@ class Region:
                 self.check(page)
             elif not is_whole(self.read(page)):
                 self.wrong += 1
+
+    def _note(self, page: int, serial: int, found: bytes) -> None:
+        """For whoever looks for the reason: which page of what, what was written last, and what it holds."""
+        kind = "zero" if not any(found) else "whole" if is_whole(found) else "torn"
+        with NOTES.open("a") as notes:
+            name, has = self._name >> 32, _HEADER.unpack_from(found)
+            notes.write(f"{os.getpid()}: {name:#x} page {page} of {self.pages}, wrote {serial}, has {has} ({kind})\n")
 
     def read(self, page: int) -> bytes:
         return ctypes.string_at(self.address + page * PAGE_BYTES, PAGE_BYTES)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from labs import config, workloads
 from labs.clients.control import Clients
 from labs.lab import Lab
+from labs.programs.memory_regions import NOTES
 from labs.segment import BRIDGE, BRIDGE_PORT
 from labs.topology import HOSTS, INTERFACE
 from labs.workloads import PORT, Workload
@@ -102,6 +103,12 @@ class Scene:
         assert self.host == host
         until(lambda: left_over(self.lab, self.workload, host) == [], lambda: left_over(self.lab, self.workload, host))
         return seen[0]
+
+    def wrong_pages(self) -> str:
+        """What the memory service tells of the pages it found to be wrong."""
+        machine = self.lab.host(self.host)
+        pid = workloads.listening_pids(machine, self.workload)[0]
+        return machine.run(["cat", f"/proc/{pid}/root{NOTES}"], check=False).stdout
 
     def close(self) -> None:
         """End clients and service."""

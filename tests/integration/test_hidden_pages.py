@@ -128,7 +128,7 @@ def check_moved(said: Said, scene: Scene) -> None:
     scene.unharmed("beta")
     checked = scene.clients[0].check_memory()
     assert checked["pages"] > 0
-    assert checked["wrong_pages"] == 0
+    assert checked["wrong_pages"] == 0, scene.wrong_pages()
 
 
 def total(said: dict[str, Any]) -> dict[str, int]:
