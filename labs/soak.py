@@ -92,7 +92,8 @@ class Soak:
         outcome.wrong_bytes += seen["wrong_bytes"]
         outcome.longest_gap_ms = max(outcome.longest_gap_ms, seen["longest_gap_ms"])
         if checked["wrong_pages"]:
-            outcome.problems.append(f"move {outcome.hops}, to {to}: {checked['wrong_pages']} wrong pages")
+            notes = workloads.wrong_pages(lab, workload)
+            outcome.problems.append(f"move {outcome.hops}, to {to}: {checked['wrong_pages']} wrong pages\n{notes}")
         outcome.problems += harm(seen, f"move {outcome.hops}, to {to}")
 
 

@@ -22,6 +22,7 @@ from labs import config, oci, podman
 from labs.commands import LabError
 from labs.lab import Lab
 from labs.machines import Host
+from labs.programs.memory_regions import NOTES
 from labs.segment import BRIDGE
 from labs.topology import HOSTS, INTERFACE, STATIONS
 
@@ -171,6 +172,13 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     forms = {form for a in workload.listens_on for form in ((f"[{a}]",) if ":" in a else (a, f"[::ffff:{a}]"))}
     local = {f"{form}:{workload.port}" for form in forms}
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
+
+
+def wrong_pages(lab: Lab, workload: Workload) -> str:
+    """What a service with memory to check (``programs.memory_regions``) tells of the pages it found to be wrong."""
+    machine = lab.host(where(lab, workload)[0])
+    pid = listening_pids(machine, workload)[0]
+    return machine.run(["cat", f"/proc/{pid}/root{NOTES}"], check=False).stdout
 
 
 def _install_code(machine: Host) -> None:

@@ -50,6 +50,12 @@ def is_whole(page: bytes) -> bool:
     return page == contents(*_HEADER.unpack_from(page)) or not any(page)
 
 
+def note(text: str) -> None:
+    """For whoever looks for the reason: which page of what, what was written last, and what it holds."""
+    with NOTES.open("a") as notes:
+        notes.write(f"{os.getpid()}: {text}\n")
+
+
 class Serials:
     """Serial numbers that no other process of the service uses."""
 
@@ -92,22 +98,21 @@ class Region:
         found = self.read(page)
         if found != (contents(self._name | page, serial) if serial else self._initial(page)):
             self.wrong += 1
-            self._note(page, serial, found)
+            self._note(page, f"wrote {serial}", found)
 
     def check_all(self) -> None:
         """Check every page: those of others for being whole, which takes that nobody writes meanwhile."""
         for page in range(self.pages):
             if page in self.mine:
                 self.check(page)
-            elif not is_whole(self.read(page)):
+            elif not is_whole(found := self.read(page)):
                 self.wrong += 1
+                self._note(page, "others wrote", found)
 
-    def _note(self, page: int, serial: int, found: bytes) -> None:
-        """For whoever looks for the reason: which page of what, what was written last, and what it holds."""
+    def _note(self, page: int, expected: str, found: bytes) -> None:
         kind = "zero" if not any(found) else "whole" if is_whole(found) else "torn"
-        with NOTES.open("a") as notes:
-            name, has = self._name >> 32, _HEADER.unpack_from(found)
-            notes.write(f"{os.getpid()}: {name:#x} page {page} of {self.pages}, wrote {serial}, has {has} ({kind})\n")
+        has = _HEADER.unpack_from(found)
+        note(f"{self._name >> 32:#x} page {page} of {self.pages}, {expected}, has {has} ({kind})")
 
     def read(self, page: int) -> bytes:
         return ctypes.string_at(self.address + page * PAGE_BYTES, PAGE_BYTES)
@@ -157,7 +162,9 @@ class MemoryFile(Region):
     def check_all(self) -> None:
         super().check_all()
         for page in range(self.pages):
-            self.wrong += os.pread(self.descriptor, PAGE_BYTES, page * PAGE_BYTES) != self.read(page)
+            if (found := os.pread(self.descriptor, PAGE_BYTES, page * PAGE_BYTES)) != self.read(page):
+                self.wrong += 1
+                self._note(page, "another by its descriptor", found)
 
 
 def of_file(name: int, most_pages: int) -> Region:

@@ -17,14 +17,14 @@ from contextlib import suppress
 
 from labs.programs import pattern_server
 from labs.programs.ballast import PAGE_BYTES
-from labs.programs.memory_regions import Changing, MemoryFile, Region, Serials, of_file, private, shared
+from labs.programs.memory_regions import Changing, MemoryFile, Region, Serials, note, of_file, private, shared
 
 WORKERS = 2
 WORKER_TURN_S = 0.01
 VERIFY_TIMEOUT_S = 60.0
 MAYFLY_PAGES, MAYFLY_S = 8, 0.1
 LOST_WORKER = 1 << 32
-CHECK, GO_ON = b"c", b"g"
+PAUSE, CHECK, GO_ON = b"p", b"c", b"g"
 _COUNT = struct.Struct("=Q")
 
 
@@ -100,15 +100,18 @@ class Family:
 
     def check_all(self) -> int:
         """Look at every page of every process; return how many were ever found to be wrong."""
-        for worker in self._workers:
-            with suppress(OSError):
-                worker.sendall(CHECK)
+        self._tell_workers(PAUSE)
         found = [self._answer(worker) for worker in self._workers]
-        self._memory.check_all()  # no worker writes now
+        self._tell_workers(CHECK)  # now that nobody writes
+        self._memory.check_all()
+        found = [max(before, self._answer(worker)) for before, worker in zip(found, self._workers, strict=True)]
+        self._tell_workers(GO_ON)
+        return self._wrong + self._memory.wrong + sum(found)
+
+    def _tell_workers(self, what: bytes) -> None:
         for worker in self._workers:
             with suppress(OSError):
-                worker.sendall(GO_ON)
-        return self._wrong + self._memory.wrong + sum(found)
+                worker.sendall(what)
 
     @staticmethod
     def _answer(worker: socket.socket) -> int:
@@ -136,7 +139,9 @@ class Family:
             pid, status = os.waitpid(last, os.WNOHANG)
             if not pid:
                 return
-            self._wrong += os.waitstatus_to_exitcode(status) != 0
+            if status:
+                self._wrong += 1
+                note(f"a child ended with {os.waitstatus_to_exitcode(status)}")
         self._mayfly = os.fork()
         if not self._mayfly:
             self._close_all_but()
@@ -167,16 +172,20 @@ def live_briefly(memory: Memory) -> int:
 
 
 def work(memory: Memory, sock: socket.socket, pages: int) -> None:
-    """Write until the other end is closed; look at everything when asked, and then wait to be told to go on."""
+    """Write until the other end is closed; when told so, pause, look at everything, and go on."""
+    paused = False
     while True:
-        if select.select([sock], [], [], WORKER_TURN_S)[0]:
-            if not sock.recv(len(CHECK)):
+        if paused or select.select([sock], [], [], WORKER_TURN_S)[0]:
+            told = sock.recv(1)
+            if not told:
                 return
-            memory.check_all()
-            sock.sendall(_COUNT.pack(memory.wrong))
-            if not sock.recv(len(GO_ON)):
-                return
-        memory.dirty(pages)
+            if told == CHECK:
+                memory.check_all()
+            paused = told != GO_ON
+            if paused:
+                sock.sendall(_COUNT.pack(memory.wrong))
+        if not paused:
+            memory.dirty(pages)
 
 
 def main() -> None:

@@ -198,3 +198,17 @@ def test_a_shared_mapping_that_becomes_writable_in_the_place_of_a_read_only_one_
         "libc.mprotect(a + 8 * PAGE, 4 * PAGE, 3); put(a + 9 * PAGE, 5); libc.mprotect(a + 8 * PAGE, 4 * PAGE, 1)"
     )
     assert within(tracker.collect().dirty, start, 20) >= pages(start, 9)
+
+
+def test_what_loses_its_registration_to_a_neighbour_is_told(target: Target, tracker: WriteProtectTracker) -> None:
+    """mremap(2) that makes one mapping of what it moves and what lies beside it takes both from the userfaultfd, and
+    leaves the marks of what it did not move."""
+    start = target.run("(a := area(64))")
+    target.run("put(a, 1, 64); away = area(32)")
+    tracker.collect()
+    target.run("libc.mremap(a + 32 * PAGE, 32 * PAGE, 32 * PAGE, 3, away)")
+    tracker.collect()
+    target.run("libc.mremap(away, 32 * PAGE, 32 * PAGE, 3, a + 32 * PAGE); put(a + 3 * PAGE, 2)")
+    assert within(tracker.collect().dirty, start, 64) >= pages(start, 3)
+    target.run("put(a + 3 * PAGE, 3); put(a + 5 * PAGE, 3)")
+    assert within(tracker.collect().dirty, start, 64) == pages(start, 3, 5)

@@ -275,10 +275,10 @@ def change(random_, n, page):
         junk.append(bytes([page]) * random_.randrange(1, 1 << 20))
     elif what == 2:
         junk.clear()
-    elif alone and what == 3 and n < 8:
+    elif alone and what == 3 and n < 4:
         libc.munmap(areas[n], 64 * PAGE)
         area(64, PRIVATE | ANON | FIXED, at=areas[n])
-    elif alone and what == 4 and n < 8:
+    elif alone and what == 4 and n in moving:
         areas[n] = libc.mremap(areas[n], 64 * PAGE, 64 * PAGE, 3, areas[n] ^ 1 << 30)
 
 def writer(seed):
@@ -288,8 +288,10 @@ def writer(seed):
         libc.memset(areas[n] + page * PAGE + random_.randrange(60) * 64, random_.randrange(256), 64)
         change(random_, n, page)
 
-junk = []
-areas = [area(64, at=0x600000000000 + (n << 31)) for n in range(8)] + [area(64, SHARED | ANON) for n in range(2)]
+junk, moving = [], (0, 1, 2, 3, 5, 7)  # 4 and 6 stay
+areas = [area(64, at=0x600000000000 + (n << 31)) for n in range(4)]
+areas += [area(64, at=0x610000000000 + n * 64 * PAGE) for n in range(4)]  # one mapping, until one of them moves
+areas += [area(64, SHARED | ANON) for n in range(2)]
 areas.append(area(1024) + (2 << 20) - 1 & -(2 << 20))
 libc.madvise(areas[-1], 2 << 20, 14)  # MADV_HUGEPAGE
 """

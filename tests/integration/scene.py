@@ -11,7 +11,6 @@ from typing import Any, Literal
 from labs import config, workloads
 from labs.clients.control import Clients
 from labs.lab import Lab
-from labs.programs.memory_regions import NOTES
 from labs.segment import BRIDGE, BRIDGE_PORT
 from labs.topology import HOSTS, INTERFACE
 from labs.workloads import PORT, Workload
@@ -106,9 +105,7 @@ class Scene:
 
     def wrong_pages(self) -> str:
         """What the memory service tells of the pages it found to be wrong."""
-        machine = self.lab.host(self.host)
-        pid = workloads.listening_pids(machine, self.workload)[0]
-        return machine.run(["cat", f"/proc/{pid}/root{NOTES}"], check=False).stdout
+        return workloads.wrong_pages(self.lab, self.workload)
 
     def close(self) -> None:
         """End clients and service."""

@@ -71,7 +71,7 @@ def test_hidden_pages_are_in_no_image_and_all_others_are(lab: Lab, name: str) ->
         scene.unharmed("alpha")
         checked = scene.clients[0].check_memory()
         assert checked["pages"] > 0
-        assert checked["wrong_pages"] == 0
+        assert checked["wrong_pages"] == 0, scene.wrong_pages()
     finally:
         scene.close()
 

@@ -56,7 +56,7 @@ def remembers_everything(scene: Scene, host: str) -> None:
     scene.unharmed(host)
     checked = scene.clients[0].check_memory()
     assert checked["pages"] > 0
-    assert checked["wrong_pages"] == 0
+    assert checked["wrong_pages"] == 0, scene.wrong_pages()
 
 
 def move(scene: Scene, to: str, *options: str) -> Said:

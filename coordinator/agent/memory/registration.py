@@ -9,8 +9,15 @@ Obstacles are mappings the kernel refuses (fs/userfaultfd.c, userfaultfd_registe
 nobody takes away, devices, what can never be written, droppable memory, and what belongs to a userfaultfd of the
 process's own. A single one refuses the whole range. Where that happens smaps tells which it is.
 
-Left: an obstacle that is taken away, with a mapping made across its end and resized, all within the microseconds
-between reading and registering. The next round makes one mapping of that again.
+A mapping can lose its registration and keep its marks: mremap(2) that makes one mapping of what it moves and of what
+lies beside it takes the userfaultfd from both, and the marks only from what it moves (mm/mremap.c, copy_vma_and_data;
+fs/userfaultfd.c, mremap_userfaultfd_prep). Such a *stale* mark does not notice a write, and would say of a page that is
+registered anew that it was never written. So marks where nothing is registered are looked for directly before
+registering, and taken away directly after: those pages are dirty.
+
+Left, both within the microseconds between reading or looking and registering: an obstacle that is taken away, with a
+mapping made across its end and resized (the next round makes one mapping of that again); and a mapping that loses its
+registration, and is written.
 """
 
 from __future__ import annotations
@@ -21,8 +28,9 @@ from pathlib import Path
 
 from coordinator.agent.memory.base import Backing, Mapping
 from coordinator.agent.memory.mappings import ADDRESS_LIMIT, read_flags
+from coordinator.agent.memory.pagemap import PRESENT, SWAPPED, WPALLOWED, WRITTEN, Pagemap, guard_category
 from coordinator.agent.memory.runs import Span, Spans, difference, intersection, normalise, spans_of, touching, union
-from coordinator.agent.memory.userfault import register
+from coordinator.agent.memory.userfault import register, unmark
 
 _LEAST_ADDRESS = Path("/proc/sys/vm/mmap_min_addr")
 _DEFAULT_LEAST_ADDRESS = 1 << 16
@@ -45,7 +53,7 @@ class Registration:
         self.registered = intersection(self.registered, spans_of(memory))
         self.read_only = []
 
-    def extend(self, mappings: list[Mapping], memory: list[Mapping]) -> None:
+    def extend(self, pagemap: Pagemap, mappings: list[Mapping], memory: list[Mapping]) -> None:
         """Register ``memory``, which is a part of all ``mappings``, both by address.
 
         What the kernel does not take is not in ``registered``. Raises ``MemoryReplaced``."""
@@ -54,11 +62,21 @@ class Registration:
         wanted = spans_of(memory)
         for span in stretches(mappings, outside):
             if intersection([span], wanted):
-                taken = [span] if not register(self._userfaultfd, *span) else self._parts_of(span, mappings, outside)
+                refusal = self._register(pagemap, span)
+                taken = self._parts_of(pagemap, span, mappings, outside) if refusal else [span]
                 self.registered = union(self.registered, intersection(taken, wanted))
-        self.read_only = self._never_writable()
+        self.read_only = self._never_writable(pagemap)
 
-    def _parts_of(self, refused: Span, mappings: list[Mapping], outside: list[Mapping]) -> Spans:
+    def _register(self, pagemap: Pagemap, span: Span) -> int:
+        """As ``userfault.register``; no mark in the range is older than that."""
+        present, gone = PRESENT | SWAPPED, WPALLOWED | WRITTEN | guard_category()
+        stale = [(start, end) for start, end, _ in pagemap.scan(*span, absent=gone, any_of=present)]
+        refusal = register(self._userfaultfd, *span)
+        for start, end in stale if not refusal else ():
+            unmark(self._userfaultfd, start, end)
+        return refusal
+
+    def _parts_of(self, pagemap: Pagemap, refused: Span, mappings: list[Mapping], outside: list[Mapping]) -> Spans:
         """Register what the kernel takes of a range that it refuses as a whole; return that.
 
         First with what it refused the last time, and asked anew if that is not all. What is refused then is tried one
@@ -69,13 +87,14 @@ class Registration:
             if ask:
                 self._refused |= self._find_refused(mappings, ours=union(self.registered, taken))
             parts = intersection(stretches(mappings, [*outside, *self._refused]), [refused])
-            taken = union(taken, self._register_each(difference(parts, taken)))
+            taken = union(taken, self._register_each(pagemap, difference(parts, taken)))
             if not (rest := difference(parts, taken)):
                 return taken
-        return union(taken, self._register_each((each.start, each.end) for each in touching(mappings, rest)))
+        alone = [(each.start, each.end) for each in touching(mappings, rest)]
+        return union(taken, self._register_each(pagemap, alone))
 
-    def _register_each(self, spans: Iterable[Span]) -> Spans:
-        return normalise(span for span in spans if not register(self._userfaultfd, *span))
+    def _register_each(self, pagemap: Pagemap, spans: Iterable[Span]) -> Spans:
+        return normalise(span for span in spans if not self._register(pagemap, span))
 
     def _find_refused(self, mappings: list[Mapping], ours: Spans) -> frozenset[Mapping]:
         """What the kernel will refuse, told by smaps. ``ours``: where the userfaultfd that smaps tells of is this."""
@@ -89,10 +108,10 @@ class Registration:
                 found.add(mapping)
         return frozenset(found)
 
-    def _never_writable(self) -> Spans:
+    def _never_writable(self, pagemap: Pagemap) -> Spans:
         """Asked of the kernel in every round: another mapping of the same file could have taken the place."""
         shared = [(each.start, each.end) for each in self._refused if each.shared]
-        return normalise(span for span in shared if register(self._userfaultfd, *span) == errno.EPERM)
+        return normalise(span for span in shared if self._register(pagemap, span) == errno.EPERM)
 
 
 def stretches(mappings: list[Mapping], obstacles: Iterable[Mapping]) -> Spans:

@@ -12,6 +12,7 @@ import fcntl
 import os
 from contextlib import suppress
 
+from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.registers import this_machine
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
@@ -50,12 +51,6 @@ class Register(ctypes.Structure):
     )
 
 
-class Range(ctypes.Structure):
-    """struct uffdio_range."""
-
-    _fields_ = (("start", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
 class WriteProtect(ctypes.Structure):
     """struct uffdio_writeprotect; its first two fields are struct uffdio_range."""
 
@@ -69,7 +64,6 @@ def ioctl_number(direction: int, kind: int, number: int, length: int) -> int:
 
 UFFDIO_API = ioctl_number(3, UFFD_API, 0x3F, ctypes.sizeof(Api))
 UFFDIO_REGISTER = ioctl_number(3, UFFD_API, 0x00, ctypes.sizeof(Register))
-UFFDIO_UNREGISTER = ioctl_number(2, UFFD_API, 0x01, ctypes.sizeof(Range))
 UFFDIO_WRITEPROTECT = ioctl_number(3, UFFD_API, 0x06, ctypes.sizeof(WriteProtect))
 WRITEPROTECT_MODE_WP = 1
 
@@ -161,4 +155,18 @@ def mark(descriptor: int, start: int, end: int) -> None:
 
     What cannot be marked stays dirty, so a refusal is no error: the range may be gone by now."""
     with suppress(OSError):
-        fcntl.ioctl(descriptor, UFFDIO_WRITEPROTECT, WriteProtect(start, end - start, WRITEPROTECT_MODE_WP))
+        _write_protect(descriptor, start, end, WRITEPROTECT_MODE_WP)
+
+
+def unmark(descriptor: int, start: int, end: int) -> None:
+    """Take away the marks of a range, as far as it is registered. (The rest may be gone by now.)"""
+    try:
+        _write_protect(descriptor, start, end, 0)
+    except OSError:  # that far the kernel has come, and no further
+        for page in range(start, end, PAGE_BYTES):
+            with suppress(OSError):
+                _write_protect(descriptor, page, page + PAGE_BYTES, 0)
+
+
+def _write_protect(descriptor: int, start: int, end: int, mode: int) -> None:
+    fcntl.ioctl(descriptor, UFFDIO_WRITEPROTECT, WriteProtect(start, end - start, mode))

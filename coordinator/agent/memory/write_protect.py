@@ -13,6 +13,7 @@ Why no change is lost, for a page in a mapping that
   absence and sets it in one step under the page table's lock.
 - *is not registered* (made by mmap, brk, mremap or exec since the last round, or refused): all its pages are dirty. The
   kernel tells these (no WPALLOWED), not the list of mappings: munmap and mmap at the same address look alike in maps.
+  Marks that are left there are no marks (see ``registration``).
 - *can never be written by this process* (a shared object opened for reading; the kernel refuses to register it):
   changed only by those who can, who are asked themselves.
 - *belongs to a userfaultfd of the target's own*: always dirty, and its marks are left alone.
@@ -132,7 +133,7 @@ class WriteProtectTracker:
         missing = difference(spans_of(memory), self._registration.registered)
         if not missing and not scan_exposed(pagemap, memory):
             return False
-        self._registration.extend(mappings, memory)
+        self._registration.extend(pagemap, mappings, memory)
         return True
 
     def _take_written(self, pagemap: Pagemap, protect: bool) -> Spans:

@@ -22,7 +22,6 @@ PRESENT, SWAPPED, OF_FILE, ALONE, SOFT, GUARD = 1 << 63, 1 << 62, 1 << 61, 1 << 
         (pagemap.ScanArgument, 96),
         (userfault.Api, 24),
         (userfault.Register, 32),
-        (userfault.Range, 16),
         (userfault.WriteProtect, 24),
     ],
 )
@@ -34,7 +33,6 @@ def test_ioctl_numbers() -> None:
     assert pagemap.PAGEMAP_SCAN == 0xC0606610
     assert userfault.UFFDIO_API == 0xC018AA3F
     assert userfault.UFFDIO_REGISTER == 0xC020AA00
-    assert userfault.UFFDIO_UNREGISTER == 0x8010AA01
     assert userfault.UFFDIO_WRITEPROTECT == 0xC018AA06
 
 
