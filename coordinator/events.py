@@ -1,7 +1,7 @@
 """Typed events: the one source for the log, the progress display and the JSON result.
 
 A half or the coordinator emits them through an ``EventSink``; an agent's events travel to the coordinator as messages.
-State changes (``PhaseEntered``, ``Notice``) are never dropped; ``Progress`` may be coalesced by a sink.
+State changes (``phase``, ``notice``) are never dropped; ``progress`` may be coalesced by a sink.
 Times are milliseconds since the migration began on the emitting host, from its monotonic clock.
 """
 
@@ -41,3 +41,5 @@ class Event:
 
 
 EventSink = Callable[[Event], None]
+#: Is told what is sent, how many bytes, and of how many; 0 if that is not known.
+Progress = Callable[[str, int, int], None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from coordinator.agent.channel import CHUNK_BYTES, Channel
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.shared import Span
 from coordinator.agent.messages import ImageChunk, SmallImages, StoredParts
+from coordinator.events import Progress
 
 #: A dump leaves some sixty files, most of them of a few hundred bytes: a message for each costs more than its content.
 _SMALL_BYTES = 64 * 1024
@@ -16,12 +17,7 @@ _SMALL_BYTES = 64 * 1024
 Stored = tuple[int, list[Span]]
 
 
-async def send_images(
-    link: Channel,
-    images: ImageSpace,
-    stored: Mapping[str, Stored],
-    progress: Callable[[str, int, int], None],
-) -> int:
+async def send_images(link: Channel, images: ImageSpace, stored: Mapping[str, Stored], progress: Progress) -> int:
     """Send all images that are there; of those in ``stored``, only what the destination does not have.
 
     Returns the bytes sent; ``progress`` is told of them."""

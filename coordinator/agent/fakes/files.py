@@ -6,9 +6,9 @@ from typing import Any
 
 from coordinator.agent.channel import Channel, expect
 from coordinator.agent.fakes.world import Life
-from coordinator.agent.files.base import Progress
 from coordinator.agent.messages import SyncBegin, SyncBytes, SyncEnded
 from coordinator.errors import FilesChanged, FilesNotCopied
+from coordinator.events import Progress
 
 
 class FakeFilesSource:

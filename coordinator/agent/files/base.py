@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.messages import SyncBegin
-
-#: Is told what is sent, how many bytes, and of how many; 0 if that is not known.
-Progress = Callable[[str, int, int], None]
+from coordinator.events import Progress
 
 
 class FilesSource(Protocol):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coordinator.agent.channel import Channel
-from coordinator.agent.files.base import Progress
 from coordinator.agent.files.changes import Links, ToSend, changed_since, to_send
 from coordinator.agent.files.in_use import Stamp, files_in_use
 from coordinator.agent.files.left_over import LeftOver
@@ -19,6 +18,7 @@ from coordinator.agent.files.rsync import PARTIAL, SOCKET_BROKEN, STREAM_BROKEN,
 from coordinator.agent.files.watch import Changed, Watch
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import FilesChanged, FilesNotCopied
+from coordinator.events import Progress
 from coordinator.facts import Tree
 
 #: Passes of what has changed: they stop when one was so short, or was not much shorter than the one before.

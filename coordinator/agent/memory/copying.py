@@ -36,6 +36,7 @@ from coordinator.agent.messages import (
 from coordinator.agent.process import start_time
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import MemoryLost, NotConverging, ProtocolError, WorkloadNotRunning
+from coordinator.events import Progress
 from coordinator.protocol import MemoryPolicy, Mode, RoundResult
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ class MemorySource:
         self._busy: asyncio.Future[Any] | None = None
         #: The frozen tasks: pid in CRIU's images → pid here, and when it started.
         self._frozen: dict[int, tuple[int, int | None]] = {}
-        self._progress: Callable[[str, int, int], None] = lambda *_: None
+        self._progress: Progress = lambda *_: None
 
     @property
     def lazy(self) -> bool:
@@ -118,7 +119,7 @@ class MemorySource:
         """Whether the destination still needs the frozen tasks after it has resumed."""
         return self.mode in ("post-copy", "hybrid")
 
-    async def copy(self, root_pid: int, link: Channel, progress: Callable[[str, int, int], None]) -> None:
+    async def copy(self, root_pid: int, link: Channel, progress: Progress) -> None:
         """Send rounds until a freeze now would be short, or until that gets no nearer.
 
         Raises ``NotConverging`` if the policy says so, ``TrackingFailed`` if a process cannot be tracked."""
