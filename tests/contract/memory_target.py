@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping, Tracker
+from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pages import read_pages
+
+CHOICE = choose_tracker()
 
 PROGRAM = """
 import ctypes, mmap, os, select, signal, struct, sys, threading, time
@@ -106,6 +109,12 @@ def child():
         self.run(f"exec({program!r}, globals())")
         self.children.append(self.run("child()"))
         return self.children[-1]
+
+
+def make_tracker(pid: int) -> Tracker:
+    """A tracker of the kind that this kernel offers. Where it offers none, whoever needs one is skipped."""
+    assert CHOICE.make is not None
+    return CHOICE.make(pid)
 
 
 def until(condition: Callable[[], object]) -> None:

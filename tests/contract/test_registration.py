@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from coordinator.agent.memory import userfault
+from coordinator.agent.memory.base import Tracker
 from coordinator.agent.memory.choose import why_not_write_protect
-from coordinator.agent.memory.write_protect import WriteProtectTracker
 from tests.contract.memory_target import Target, pages, within
 
 REFUSAL = why_not_write_protect()
 pytestmark = pytest.mark.skipif(REFUSAL is not None, reason=REFUSAL or "")
 
 FAILED = (1 << 64) - 1
-
-
-@pytest.fixture
-def target() -> Iterator[Target]:
-    with Target() as started:
-        yield started
-
-
-@pytest.fixture
-def tracker(target: Target) -> Iterator[WriteProtectTracker]:
-    with contextlib.closing(WriteProtectTracker(target.pid)) as made:
-        yield made
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def before_registering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[]
 
 
 def test_what_grows_meanwhile_stays_one_mapping(
-    target: Target, tracker: WriteProtectTracker, before_registering: Callable[[Callable[[], object]], None]
+    target: Target, tracker: Tracker, before_registering: Callable[[Callable[[], object]], None]
 ) -> None:
     """mremap(2) refuses to resize what the kernel has split."""
     target.run("a = area(64); libc.munmap(a + 4 * PAGE, 60 * PAGE); put(a, 1, 4)")
@@ -64,7 +51,7 @@ def test_what_grows_meanwhile_stays_one_mapping(
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_what_comes_in_the_place_of_others_meanwhile_stays_one_mapping(
-    target: Target, tracker: WriteProtectTracker, before_registering: Callable[[Callable[[], object]], None], first: int
+    target: Target, tracker: Tracker, before_registering: Callable[[Callable[[], object]], None], first: int
 ) -> None:
     """One that is known goes for a larger one, beside one that is new."""
     target.run("a = area(64); libc.munmap(a, 64 * PAGE)")
@@ -117,7 +104,7 @@ busy.start()
 """
 
 
-def test_a_process_that_remaps_all_the_time_is_never_refused(target: Target, tracker: WriteProtectTracker) -> None:
+def test_a_process_that_remaps_all_the_time_is_never_refused(target: Target, tracker: Tracker) -> None:
     target.run(f"exec({CHURN!r}, globals())")
     for _ in range(300):
         tracker.collect()
@@ -136,7 +123,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("kind", OBSTACLES)
 def test_what_the_kernel_refuses_keeps_nothing_else_from_being_tracked(
-    target: Target, tracker: WriteProtectTracker, kind: str
+    target: Target, tracker: Tracker, kind: str
 ) -> None:
     target.run("import fcntl")
     start = target.run("(a := area(20))")
@@ -154,7 +141,7 @@ def test_what_the_kernel_refuses_keeps_nothing_else_from_being_tracked(
 
 
 @pytest.mark.parametrize("second", ["droppable", "a userfaultfd of its own"])
-def test_one_refused_mapping_after_the_other(target: Target, tracker: WriteProtectTracker, second: str) -> None:
+def test_one_refused_mapping_after_the_other(target: Target, tracker: Tracker, second: str) -> None:
     """What was registered between the first time and the second is ours, whatever smaps says of it."""
     target.run("import fcntl")
     above = target.run("(a := area(20))")
@@ -173,7 +160,7 @@ def test_one_refused_mapping_after_the_other(target: Target, tracker: WriteProte
     assert within(answer, below, 20) == pages(below, *range(8, 12))
 
 
-def test_what_comes_in_the_place_of_a_refused_mapping_is_tracked(target: Target, tracker: WriteProtectTracker) -> None:
+def test_what_comes_in_the_place_of_a_refused_mapping_is_tracked(target: Target, tracker: Tracker) -> None:
     start = target.run("(a := area(20))")
     target.run("put(a, 1, 20)")
     target.run(OBSTACLES["read-only"])
@@ -185,7 +172,7 @@ def test_what_comes_in_the_place_of_a_refused_mapping_is_tracked(target: Target,
 
 
 def test_a_shared_mapping_that_becomes_writable_in_the_place_of_a_read_only_one_is_told(
-    target: Target, tracker: WriteProtectTracker
+    target: Target, tracker: Tracker
 ) -> None:
     """The same file at the same place, with the same permissions, as far as maps tells."""
     start = target.run("(a := area(20))")
@@ -200,7 +187,7 @@ def test_a_shared_mapping_that_becomes_writable_in_the_place_of_a_read_only_one_
     assert within(tracker.collect().dirty, start, 20) >= pages(start, 9)
 
 
-def test_what_loses_its_registration_to_a_neighbour_is_told(target: Target, tracker: WriteProtectTracker) -> None:
+def test_what_loses_its_registration_to_a_neighbour_is_told(target: Target, tracker: Tracker) -> None:
     """mremap(2) that makes one mapping of what it moves and what lies beside it takes both from the userfaultfd, and
     leaves the marks of what it did not move."""
     start = target.run("(a := area(64))")

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,6 @@ for number in OF_FILE: area(64, PRIVATE | FIXED, file, base + number * 64 * PAGE
 for page in range(0, 3 * 64, 2): put(base + page * PAGE, 7)
 """
 Scan = tuple[int, ...]
-
-
-@pytest.fixture
-def target() -> Iterator[Target]:
-    with Target() as started:
-        yield started
 
 
 def row(target: Target, *of_file: int) -> tuple[int, int]:

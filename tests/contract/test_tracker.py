@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from coordinator.agent import tasks
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, Tracker
-from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.pages import read_pages
 from coordinator.agent.memory.ptrace import TargetGone
 from tests.contract.memory_target import (
+    CHOICE,
     PROGRAM,
     Keeper,
     Target,
     addresses,
+    make_tracker,
     memory_of,
     names,
     pages,
@@ -28,23 +28,7 @@ from tests.contract.memory_target import (
     within,
 )
 
-CHOICE = choose_tracker()
 pytestmark = pytest.mark.skipif(CHOICE.make is None, reason=CHOICE.reason)
-
-
-@pytest.fixture
-def target() -> Iterator[Target]:
-    with Target() as started:
-        yield started
-
-
-@pytest.fixture
-def tracker(target: Target) -> Iterator[Tracker]:
-    assert CHOICE.make is not None
-    made = CHOICE.make(target.pid)
-    yield made
-    made.close()
-
 
 FILE = "(fd := os.open('/var/tmp', os.O_TMPFILE | os.O_RDWR), os.write(fd, b'f' * 65536))[0]"
 MAKE = {
@@ -81,8 +65,7 @@ def test_untouched_and_read_pages_cost_nothing(target: Target, tracker: Tracker,
 def test_memory_written_before_attaching_is_told(target: Target) -> None:
     start = target.run("(a := area(4))")
     target.run("put(a, 1, 4)")
-    assert CHOICE.make is not None
-    with contextlib.closing(CHOICE.make(target.pid)) as tracker:
+    with contextlib.closing(make_tracker(target.pid)) as tracker:
         assert within(tracker.collect().dirty, start, 4) == pages(start, 0, 1, 2, 3)
 
 
@@ -252,9 +235,8 @@ def test_pages_that_vanish_spoil_no_others(target: Target, tracker: Tracker) -> 
 
 def test_nothing_is_left_after_closing(target: Target) -> None:
     before = names(f"/proc/{target.pid}/fd")
-    assert CHOICE.make is not None
     for _ in range(3):
-        tracker = CHOICE.make(target.pid)
+        tracker = make_tracker(target.pid)
         tracker.collect()
         tracker.close()
         tracker.close()

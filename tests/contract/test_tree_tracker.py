@@ -6,38 +6,24 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from coordinator.agent.memory.base import PAGE_BYTES, Tracker
-from coordinator.agent.memory.choose import choose_tracker
+from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.errors import TrackingFailed
-from tests.contract.memory_target import Keeper, Target, names, pages, state, until, within
+from tests.contract.memory_target import CHOICE, Keeper, Target, make_tracker, names, pages, state, until, within
 
-CHOICE = choose_tracker()
 pytestmark = pytest.mark.skipif(CHOICE.make is None, reason=CHOICE.reason)
-
-
-def make(pid: int) -> Tracker:
-    assert CHOICE.make is not None
-    return CHOICE.make(pid)
-
-
-@pytest.fixture
-def target() -> Iterator[Target]:
-    with Target() as started:
-        yield started
 
 
 def test_a_child_that_is_there_is_tracked(target: Target) -> None:
     start = target.run("(a := area(4))")
     child = target.fork("put(a, 5, 2)")
     until(lambda: state(child) == "S")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         first = tree.collect()
         assert first.keys() == {target.pid, child}
         assert all(each.fresh and each.untracked is None for each in first.values())
@@ -50,7 +36,7 @@ def test_a_child_that_is_there_is_tracked(target: Target) -> None:
 def test_a_child_that_appears_is_dirty_as_a_whole(target: Target) -> None:
     start = target.run("(a := area(4))")
     target.run("put(a, 1, 4)")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         child = target.fork("put(a, 5)")
         until(lambda: state(child) == "S")
@@ -62,7 +48,7 @@ def test_a_child_that_appears_is_dirty_as_a_whole(target: Target) -> None:
 
 def test_a_child_that_goes_is_named_once(target: Target) -> None:
     child = target.fork()
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         os.kill(child, signal.SIGKILL)
         target.run(f"os.waitpid({child}, 0)[0]")
@@ -79,7 +65,7 @@ def test_a_pid_that_is_used_again_between_two_rounds_names_another_process(targe
     target.run("put(a, 1, 4)")
     child = target.fork("put(a, 5, 6)")
     until(lambda: state(child) == "S")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         first = tree.collect()[child]
         # Start times are told in clock ticks: no pid comes round within one, but here it could.
         until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK") > first.started + 2)
@@ -101,14 +87,14 @@ def test_a_pid_that_is_used_again_between_two_rounds_names_another_process(targe
 
 def test_a_zombie_is_gone(target: Target) -> None:
     child = target.fork()
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         os.kill(child, signal.SIGKILL)
         until(lambda: state(child) == "Z")
         assert tree.collect().keys() == {target.pid}
 
 
 def test_a_root_that_goes_says_so(target: Target) -> None:
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         target.process.kill()
         target.process.wait()
@@ -119,7 +105,7 @@ def test_a_root_that_goes_says_so(target: Target) -> None:
 def test_the_inner_pid_is_that_of_the_images(target: Target) -> None:
     assert target.run("libc.unshare(0x20000000)") == 0  # CLONE_NEWPID: the next child is 1 in there
     child = target.fork()
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         answers = tree.collect()
         assert answers[target.pid].inner_pid == target.pid
         assert answers[child].inner_pid == 1
@@ -127,7 +113,7 @@ def test_the_inner_pid_is_that_of_the_images(target: Target) -> None:
 
 def test_a_child_before_exec_speaks_through_its_parent(target: Target) -> None:
     """vfork: the child has the parent's memory; it is neither stopped nor answered for."""
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         target.send("__import__('subprocess').run(['sleep', '0.3']).returncode")
         until(lambda: tree.collect().keys() - {target.pid})
@@ -140,9 +126,9 @@ def test_one_that_cannot_be_tracked_spoils_it_at_the_start_and_not_later(target:
     with Target() as debugger:
         debugger.run(f"libc.ptrace(0x4206, {first}, None, None)")
         with pytest.raises(TrackingFailed, match="traced"):
-            TreeTracker(target.pid, make)
+            TreeTracker(target.pid, make_tracker)
     before = names(f"/proc/{target.pid}/fd")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree, Target() as debugger:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree, Target() as debugger:
         tree.collect()
         second = target.fork("put(area(1), 1)")
         debugger.run(f"libc.ptrace(0x4206, {second}, None, None)")
@@ -161,7 +147,7 @@ def test_shared_memory_is_the_union_of_all_answers(target: Target) -> None:
     target.run("put(a, 1, 8)")
     inside, outside = os.pipe()
     child = target.fork(f"os.read(os.open('/proc/{os.getpid()}/fd/{inside}', 0), 1); put(a + 5 * PAGE, 9)")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         os.write(outside, b"x")
         target.run("put(a, 2)")
@@ -183,7 +169,7 @@ def test_shared_memory_that_an_unseen_child_wrote_to_is_dirty(target: Target, le
     target.run("put(a, 1, 8)")
     if leaves.endswith("ignored"):
         target.run("str(signal.signal(signal.SIGCHLD, signal.SIG_IGN))")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         tree.collect()
         child = target.fork("ctypes.string_at(a + 5 * PAGE, 1); put(a + 5 * PAGE, 9); os._exit(0)")
@@ -200,7 +186,7 @@ def test_shared_memory_that_a_child_wrote_to_before_it_went_is_dirty(target: Tar
     target.run("put(a, 1, 8)")
     inside, outside = os.pipe()
     child = target.fork(f"os.read(os.open('/proc/{os.getpid()}/fd/{inside}', 0), 1); put(a + 5 * PAGE, 9); os._exit(0)")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         tree.collect()
         tree.collect()
         os.write(outside, b"x")
@@ -234,7 +220,7 @@ def test_forks_under_way_lose_no_byte(target: Target) -> None:
     target.run(f"exec({BROOD!r}, globals())")
     keepers: dict[int, Keeper] = {}
     target.send("brood()")
-    with contextlib.closing(TreeTracker(target.pid, make)) as tree:
+    with contextlib.closing(TreeTracker(target.pid, make_tracker)) as tree:
         for _ in range(20):
             _take(tree, keepers)
         members: set[int] = set()
