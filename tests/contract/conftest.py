@@ -1,14 +1,17 @@
-"""What the contracts of memory tracking share: a process to be tracked, and its tracker."""
+"""What contracts share: a process to be tracked, a cable between two hosts and what is on it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from coordinator.agent.memory.base import Tracker
+from netfix.gate import NftGate, holding
+from netfix.hold import NfqueueHold
 from tests.contract.memory_target import Target, make_tracker
+from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment, segment
 
 
 @pytest.fixture
@@ -23,3 +26,28 @@ def tracker(target: Target) -> Iterator[Tracker]:
     """A tracker of it, closed at the end."""
     with contextlib.closing(make_tracker(target.pid)) as made:
         yield made
+
+
+@pytest.fixture
+async def cable() -> AsyncIterator[Segment]:
+    """A cable, and a network namespace at each end."""
+    async with segment() as built:
+        yield built
+
+
+@pytest.fixture
+async def gate(cable: Segment) -> AsyncIterator[NftGate]:
+    """The host's gate for both service addresses, as it is when it is made."""
+    made = await cable.host.call(lambda: NftGate("test", [SERVICE, SERVICE6]))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def hold(cable: Segment, gate: NftGate) -> AsyncIterator[NfqueueHold]:
+    """A hold that is open, behind a gate that queues."""
+    made = NfqueueHold()
+    await cable.host.run(made.open())
+    await gate.set(holding(made.queue))
+    yield made
+    await cable.host.call(made.close)

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import pytest
 from pyroute2 import AsyncIPRoute
 from scapy.layers.l2 import ARP, Ether
 
@@ -29,6 +30,12 @@ PEER, HOST = "192.0.2.1", "192.0.2.2"
 PEER6, HOST6 = "2001:db8::1", "2001:db8::2"
 SERVICE, SERVICE6 = "192.0.2.10", "2001:db8::10"
 NOBODY, NOBODY6 = "192.0.2.77", "2001:db8::77"
+EACH_FAMILY = pytest.mark.parametrize("address", [SERVICE, SERVICE6])
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    """The family of an address."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 class Namespace:

@@ -30,7 +30,7 @@ from netfix.conntrack_entry import (
 )
 from netfix.errors import InvalidAddressError, NetfixError
 from netfix.sockets import DiagSocketInventory
-from tests.contract.netfix_segment import PEER, PEER6, SERVICE, SERVICE6, Namespace, Segment, segment
+from tests.contract.netfix_segment import PEER, PEER6, SERVICE, SERVICE6, Namespace, Segment
 
 BOTH_WAYS = CONFIRMED | SEEN_REPLY | ASSURED
 
@@ -164,12 +164,11 @@ table inet strict {
 
 
 @pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        await built.host.call(lambda: subprocess.run(["nft", "-f", "-"], input=STRICT, text=True, check=True))
-        loose = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose")
-        await built.host.call(lambda: loose.write_text("0"))
-        yield built
+async def cable(cable: Segment) -> Segment:
+    await cable.host.call(lambda: subprocess.run(["nft", "-f", "-"], input=STRICT, text=True, check=True))
+    loose = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_loose")
+    await cable.host.call(lambda: loose.write_text("0"))
+    return cable
 
 
 async def refused(cable: Segment) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from scapy.packet import Packet
 from netfix.delivery import Delivery, FakeDelivery, LoopbackDelivery
 from netfix.gate import SILENT, NftGate
 from tests.contract.netfix_segment import (
+    EACH_FAMILY,
     HOST_MAC,
     NOBODY,
     NOBODY6,
@@ -23,17 +23,9 @@ from tests.contract.netfix_segment import (
     SERVICE,
     SERVICE6,
     Segment,
-    segment,
 )
 
-EACH_FAMILY = pytest.mark.parametrize("address", [SERVICE, SERVICE6])
 PORT = 40000
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
 
 
 @pytest.fixture(params=["fake", "real"])

@@ -11,6 +11,7 @@ from netfix.errors import InvalidAddressError, NetfixError, NoSuchInterfaceError
 from netfix.frames import FakeFramePort, FramePort, PacketFramePort, announce
 from netfix.questions import question
 from tests.contract.netfix_segment import (
+    EACH_FAMILY,
     HOST,
     HOST6,
     HOST_MAC,
@@ -23,17 +24,9 @@ from tests.contract.netfix_segment import (
     SERVICE6,
     Namespace,
     Segment,
-    segment,
 )
 
 PATIENCE_S = 0.3
-EACH_FAMILY = pytest.mark.parametrize("address", [SERVICE, SERVICE6])
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
 
 
 @pytest.fixture(params=["packet", "fake"])

@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from netfix.frames import PacketFramePort, announce
 from netfix.gate import CLOSED, FREEZING, HOLDING, OPEN, SILENT, STATES, GateState, NftGate, find_gates, remove_gate
 from netfix.netlink import NETLINK_NETFILTER, NetlinkSocket
 from tests.contract.netfix_segment import (
+    EACH_FAMILY,
     HOST6,
     HOST_MAC,
     NOBODY,
@@ -29,28 +29,10 @@ from tests.contract.netfix_segment import (
     SERVICE,
     SERVICE6,
     Segment,
-    segment,
+    family_of,
 )
 
 EACH_STATE = pytest.mark.parametrize("state", STATES.values(), ids=list(STATES))
-EACH_FAMILY = pytest.mark.parametrize("address", [SERVICE, SERVICE6])
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
-
-
-@pytest.fixture
-async def gate(cable: Segment) -> AsyncIterator[NftGate]:
-    made = await cable.host.call(lambda: NftGate("test", [SERVICE, SERVICE6]))
-    yield made
-    made.close()
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _ip(source: str, destination: str) -> Packet:
@@ -142,7 +124,7 @@ async def test_a_host_that_asks_for_a_neighbour_does_not_teach_the_address(
     unknown = NOBODY6 if ":" in address else NOBODY
 
     def send() -> None:
-        with socket.socket(_family(address), socket.SOCK_DGRAM) as service:
+        with socket.socket(family_of(address), socket.SOCK_DGRAM) as service:
             service.bind((address, 0))
             try:
                 service.sendto(b"x", (unknown, 9))
@@ -182,7 +164,7 @@ async def test_a_killed_service_dies_in_silence_behind_a_shut_gate(
     cable: Segment, gate: NftGate, address: str, state: GateState, unread: bool
 ) -> None:
     """The kernel closes its connections: with a RST where data was not read, else with a FIN."""
-    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=family_of(address)))
     with listener:
         port = listener.getsockname()[1]
         client = await cable.peer.call(lambda: socket.create_connection((address, port), timeout=5))
@@ -202,7 +184,7 @@ async def test_a_killed_service_dies_in_silence_behind_a_shut_gate(
 @EACH_FAMILY
 async def test_nothing_reaches_a_socket_behind_a_closed_gate(cable: Segment, gate: NftGate, address: str) -> None:
     """What arrives after the freeze must not get into queues that are being dumped."""
-    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=family_of(address)))
     with listener:
         port = listener.getsockname()[1]
         client = await cable.peer.call(lambda: socket.create_connection((address, port), timeout=5))
@@ -222,11 +204,11 @@ async def test_datagrams_of_a_task_that_is_not_frozen_yet_leave(
 ) -> None:
     """What a connection cannot send stays in its queue; a datagram that is dropped is nowhere any more."""
     # The neighbours know each other, as those of a service that is moved do.
-    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=_family(address)))
+    listener = await cable.host.call(lambda: socket.create_server((address, 0), family=family_of(address)))
     with listener:
         port = listener.getsockname()[1]
         client = await cable.peer.call(lambda: socket.create_connection((address, port), timeout=5))
-    service = await cable.host.call(lambda: socket.socket(_family(address), socket.SOCK_DGRAM))
+    service = await cable.host.call(lambda: socket.socket(family_of(address), socket.SOCK_DGRAM))
     with client, service:
         service.bind((address, 0))
         await gate.set(state)

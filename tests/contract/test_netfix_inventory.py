@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -14,15 +14,9 @@ from netfix.gate import OPEN, NftGate, holding
 from netfix.hold import NfqueueHold
 from netfix.inventory import SocketFinding, inspect
 from netfix.sockets import DiagSocketInventory
-from tests.contract.netfix_segment import HOST, HOST_MAC, PEER, PEER_MAC, SERVICE, SERVICE6, Segment, segment
+from tests.contract.netfix_segment import HOST, HOST_MAC, PEER, PEER_MAC, SERVICE, SERVICE6, Segment
 
 MOVING = [SERVICE, SERVICE6]
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
 
 
 @pytest.fixture

@@ -25,13 +25,7 @@ from netfix.sockets import (
     owned_by,
     socket_inodes,
 )
-from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment, segment
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
+from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """A sweep of a real host: rules, tables and addresses that were left, in a network namespace."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
-
-import pytest
 
 from netfix import nft
 from netfix.address import AddressRecord, NetlinkAddressBook
@@ -11,13 +8,7 @@ from netfix.gate import CLOSED, NftGate, find_gates
 from netfix.leftovers import find_leftovers
 from netfix.netlink import NETLINK_NETFILTER, NetlinkSocket
 from netfix.sweep import Remnant, remnants, remove
-from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment, segment
-
-
-@pytest.fixture
-async def cable() -> AsyncIterator[Segment]:
-    async with segment() as built:
-        yield built
+from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment
 
 
 def _what_criu_leaves() -> None:
