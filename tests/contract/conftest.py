@@ -1,9 +1,12 @@
-"""What contracts share: a process to be tracked, a cable between two hosts and what is on it."""
+"""What contracts share: a process to be tracked, a cable between two hosts and what is on it, a tree to be copied."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -12,6 +15,7 @@ from netfix.gate import NftGate, holding
 from netfix.hold import NfqueueHold
 from tests.contract.memory_target import Target, make_tracker
 from tests.contract.netfix_segment import SERVICE, SERVICE6, Segment, segment
+from tests.contract.two_trees import Two, rsync_to_be_found
 
 
 @pytest.fixture
@@ -51,3 +55,22 @@ async def hold(cable: Segment, gate: NftGate) -> AsyncIterator[NfqueueHold]:
     await gate.set(holding(made.queue))
     yield made
     await cable.host.call(made.close)
+
+
+@pytest.fixture(scope="module")
+def rsync(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An rsync, whether this machine has one or not."""
+    with rsync_to_be_found(tmp_path_factory.mktemp("bin")):
+        yield
+
+
+@pytest.fixture
+async def two(rsync: None) -> AsyncIterator[Two]:
+    """On a tmpfs: events of nobody else, and extended attributes."""
+    folder = Path(mkdtemp(dir="/dev/shm", prefix="livemove-test-"))
+    made = Two(folder)
+    try:
+        yield made
+    finally:
+        await made.close()
+        shutil.rmtree(folder)
