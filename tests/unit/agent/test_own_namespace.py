@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -12,7 +13,7 @@ from coordinator.agent.namespaced import NamespacedNetwork, attachment_of
 from coordinator.agent.network import NetfixNetwork
 from coordinator.agent.own_namespace import OwnNamespace, configured_path, facts_of, own_namespace
 from coordinator.errors import NetworkChangeFailed
-from coordinator.facts import NamespaceFacts, WorkloadSpec
+from coordinator.facts import NamespaceFacts, RouteFacts, WorkloadSpec
 from coordinator.wire import decode, encode
 from netfix.attachment import Attachment, Route
 from netfix.gate import CLOSED, OPEN
@@ -61,6 +62,13 @@ def test_a_workload_in_the_host_s_namespace_has_none_of_its_own(tmp_path: Path) 
 def test_facts_are_the_attachment_there_and_back() -> None:
     facts = facts_of(Path("/run/netns/c"), ATTACHED)
     assert attachment_of(decode(NamespaceFacts, encode(facts))) == ATTACHED
+
+
+def test_facts_tell_all_that_netfix_tells_of_an_attachment_and_nothing_else() -> None:
+    """netfix knows nothing of messages, so that there are two of each; the other host makes what they agree on."""
+    route, attachment = get_type_hints(Route), get_type_hints(Attachment)
+    assert get_type_hints(RouteFacts) == route
+    assert get_type_hints(NamespaceFacts) == attachment | {"path": str, "routes": tuple[RouteFacts, ...]}
 
 
 def network(path: Path, mover: AddressMover | None = None) -> NamespacedNetwork:
