@@ -32,14 +32,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator.agent.obstacles import MOST_DELETED_BYTES
 from coordinator.errors import DumpFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE = "pre-dump", "post-dump", "post-restore"
 #: Only told, not waited at.
 PRE_RESUME, POST_RESUME = "pre-resume", "post-resume"
 
-#: One option a line, as CRIU's parser wants it. ghost-limit: obstacles.MOST_DELETED_BYTES (CRIU's own is 1 MiB).
-_CONFIG = "network-lock skip\nghost-limit 33554432\naction-script {script}\n{lazy}"
+#: One option a line, as CRIU's parser wants it. CRIU's own ghost-limit is 1 MiB.
+_CONFIG = "network-lock skip\nghost-limit {most_deleted}\naction-script {script}\n{lazy}"
 #: Not every runtime has an option for it (crun has none).
 _LAZY = "lazy-pages\n"
 
@@ -119,7 +120,8 @@ class Hook:
         values = {"flock": shlex.quote(flock), "committed": committed, "status_ready": int(lazy_dump)}
         script.write_text(_SCRIPT.format(actions="|".join(actions), **values, **quoted))
         script.chmod(0o700)
-        self.config.write_text(_CONFIG.format(script=script, lazy=_LAZY if lazy else ""))
+        options = {"most_deleted": MOST_DELETED_BYTES, "script": script, "lazy": _LAZY if lazy else ""}
+        self.config.write_text(_CONFIG.format(**options))
         if (tar := shutil.which("tar")) is not None:
             shim = self.programs / "tar"
             self.programs.mkdir(mode=0o700)
