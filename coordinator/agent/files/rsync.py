@@ -79,7 +79,8 @@ class Rsync:
             # With "./" in front none of them is a comment or an option.
             named.write_bytes(b"".join(b"./" + path + b"\0" for path in paths))
             how = (*_LISTED, *(_REPLACED if what.replaced else ()), f"--files-from={named}")
-        argv = ("rsync", *_EVERYTHING, *how, "-e", f"sh {shlex.quote(str(shell))}", _HERE[0], f"{_PEER}:{_HERE[1]}")
+        remote = ("--blocking-io", "-e", f"sh {shlex.quote(str(shell))}")  # else its cat fails where it should wait
+        argv = ("rsync", *_EVERYTHING, *how, *remote, _HERE[0], f"{_PEER}:{_HERE[1]}")
         complaints = self._work / "rsync-complaints"
         running = self._running = await start_piped(Command(argv, {}), folder, complaints)
         try:
