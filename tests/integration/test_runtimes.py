@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from labs import config, groups, oci, workloads
 from labs.lab import Lab
 from labs.machines import Host
+from tests.integration import books
 from tests.integration.command import livemove, migrate
 from tests.integration.faults import failing_criu, until
 from tests.integration.scene import CONNECTIONS, Scene
@@ -85,6 +87,27 @@ def test_everything_in_a_container_goes_on(packaged_lab: Lab, runtime: Runtime) 
             assert said.status == 0, said.stdout + said.stderr
             scene.unharmed(destination)
             assert stock(scene, destination) == EVERYTHING | dict.fromkeys(COUNTING, asked)
+    finally:
+        scene.close()
+
+
+#: Whose files are copied, and to which hosts; a container of runc is moved with its own in `test_files`.
+COPIED = {
+    "crun": (config.Workload("books-crun", "crun", ("192.0.2.239/24",), "books-crun", "/srv/books-crun"), ["beta"]),
+    "podman": (config.Workload("books-podman", "podman", ("192.0.2.240/24",), "books-podman"), ["beta", "alpha"]),
+    "process": (config.Workload("books", "process", ("192.0.2.241/24",), pid_file="/run/books.pid"), ["beta"]),
+}
+
+
+@pytest.mark.parametrize("runtime", COPIED)
+def test_files_come_along(packaged_lab: Lab, tmp_path: Path, runtime: str) -> None:
+    workload, destinations = COPIED[runtime]
+    packaged_lab.add_workload(workload)
+    scene = Scene.start(packaged_lab, workload.name, program="bookkeeper")
+    volume = f'\n[[workloads.{workload.name}.volumes]]\npath = "{scene.workload.data}"\nfiles = "sync"\n'
+    (tmp_path / "lab.toml").write_text(packaged_lab.config_path.read_text() + volume)
+    try:
+        books.move_along(scene, *destinations, config=tmp_path / "lab.toml")
     finally:
         scene.close()
 
