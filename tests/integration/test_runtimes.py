@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from labs import config, groups, oci, workloads
+from labs import config, groups, oci, podman, workloads
 from labs.lab import Lab
 from labs.machines import Host
 from tests.integration import books
@@ -172,6 +172,43 @@ def test_what_cannot_be_moved_is_told(packaged_lab: Lab, runtime: Runtime) -> No
         assert {"USER_NAMESPACE", "EXTERNAL_PIPE", "FILE_OUTSIDE"} <= found
     finally:
         scene.close()
+
+
+#: What podman is told of a container, and what livemove says of it then.
+PODMANS = {
+    "networks": (
+        ["--network=podman", "--restart=always", "--volume=/mnt", "--tty"],
+        {"OWN_NETWORK_NAMESPACE", "PODMAN_RESTARTS", "FILES_ELSEWHERE", "PODMAN_OPTION"},
+    ),
+    "pods": (
+        ["--pod=odd-pod", "--rm", "--log-driver=passthrough", "--uidmap=0:0:65536"],
+        {"IN_A_POD", "PODMAN_RESTARTS", "PODMAN_OPTION", "USER_NAMESPACE"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PODMANS)
+def test_what_podman_does_by_itself_is_told(packaged_lab: Lab, kind: str) -> None:
+    options, expected = PODMANS[kind]
+    workload = config.Workload("odd", "podman", ("192.0.2.242/24",), container="odd", files="sync")
+    packaged_lab.add_workload(workload)
+    hosts = [packaged_lab.host(name) for name in ("alpha", "beta")]
+    silent = "exec sleep 1000 </dev/null >/dev/null 2>&1"
+    try:
+        for host in hosts:
+            rootfs = podman.prepare(host, "odd")
+            host.run(["podman", "pod", "create", "--infra=false", "--share=", "odd-pod"])
+            named = ["--name=odd", "--read-only", *options, "--rootfs", rootfs]
+            host.run(["podman", "create", *named, "sh", "-c", silent])
+        hosts[0].run(["sh", "-c", "podman start odd </dev/null >/dev/null 2>&1"])
+        said = livemove(packaged_lab, "check", "odd", "--to", "beta", "--json")
+    finally:
+        for host in hosts:
+            podman.uninstall(host, workload)
+            host.run(["podman", "pod", "rm", "--force", "--ignore", "odd-pod"])
+            host.run(["nft", "destroy table inet netavark"])  # podman leaves it, when the last container has gone
+    assert said.status == 3
+    assert expected <= {each["code"] for each in said.report["findings"]}
 
 
 @every_runtime
