@@ -250,7 +250,7 @@ class WorkloadFacts:
     this host has to the interfaces it is on. ``moving`` is the id of a migration of it that is unfinished here.
     ``runtime_problem``: why the runtime's word is not to be trusted. ``namespace``: its own network namespace, where it
     has one; ``namespace_taken``: the path at which it would be, and where something is, on a host that does not run
-    it. ``trees``: its directories that somebody has to look at, where it runs."""
+    it. ``trees``: its directories that somebody has to look at, as it is defined on this host."""
 
     state: Literal["running", "stopped", "absent"]
     root_pid: int = 0

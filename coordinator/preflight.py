@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import IPv6Address, ip_address, ip_interface
 
-from coordinator.checks import NEEDS_CAP_SYS_RESOURCE
 from coordinator.facts import (
     CONTAINER_RUNTIMES,
     CriuFacts,
@@ -22,6 +21,7 @@ from coordinator.facts import (
 )
 from coordinator.findings import Finding, finding, from_error, from_obstacle, in_order
 from coordinator.move_facts import MoveFacts, running_on
+from coordinator.obstacles import NEEDS_CAP_SYS_RESOURCE
 from coordinator.plan import id_part, image_space_bytes, namespace_parent
 from coordinator.preflight_addresses import address_findings
 from coordinator.preflight_files import file_findings

@@ -23,11 +23,24 @@ def file_findings(facts: MoveFacts, source: str) -> Iterator[Finding]:
         for about in facts.files[host].trees:
             if about.problem:
                 yield finding("FILES_UNUSABLE", host, about.problem)
+    yield from _elsewhere(facts, source)
     if len(ends) < 2:
         return
     for tree, here, there in zip(trees, *(facts.files[host].trees for host in ends), strict=True):
         if not (here.problem or there.problem):
             yield from _tree(tree, here, there, facts.destination, facts.differing)
+
+
+def _elsewhere(facts: MoveFacts, source: str) -> Iterator[Finding]:
+    """What is copied or compared has to be what the container sees there. podman's are defined on each host anew."""
+    here, there = facts.workloads[source], facts.workloads.get(facts.destination)
+    if there is None or there.bundle_digest != here.bundle_digest:
+        return
+    places = {each.inside: each.path for each in there.trees}
+    for tree in here.trees:
+        if (place := places.get(tree.inside, "another directory")) != tree.path:
+            message = f"{tree.inside} of the container is {tree.path} on {source}, and {place} there"
+            yield finding("FILES_ELSEWHERE", facts.destination, message)
 
 
 def first_difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:

@@ -6,6 +6,8 @@ processes, podman's default, is left out, because a host may lack the controller
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from labs import config, oci
 from labs.machines import Host
 
@@ -18,17 +20,29 @@ graphroot = "/var/lib/containers/storage"
 CONTAINERS = "[containers]\npids_limit = 0\n"
 
 
-def install(machine: Host, workload: config.Workload, command: list[str], environment: dict[str, str]) -> None:
-    """Create the container, as it now is to be. Undo: `uninstall`."""
+def install(
+    machine: Host,
+    workload: config.Workload,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    more: Sequence[str] = (),
+) -> None:
+    """Create the container, as it now is to be; `more`: options beside those of every one. Undo: `uninstall`."""
     assert workload.container
+    rootfs = prepare(machine, workload.container)
+    options = ["--name", workload.container, "--network", "host", "--read-only", "--hostname", workload.name]
+    options += [*(f"--env={name}={value}" for name, value in environment.items()), *more]
+    machine.run(["podman", "create", *options, "--rootfs", rootfs, *command])
+
+
+def prepare(machine: Host, container: str) -> str:
+    """Make sure that podman can be used and has no such container; returns a root for it. Undo: `uninstall`."""
     machine.write_file("/etc/containers/storage.conf", STORAGE)
     machine.write_file("/etc/containers/containers.conf", CONTAINERS)
-    rootfs = f"/srv/{workload.container}/rootfs"
+    rootfs = f"/srv/{container}/rootfs"
     machine.run(["sh", "-c", oci.ROOT.format(rootfs=rootfs)])
-    remove(machine, workload.container)
-    options = ["--name", workload.container, "--network", "host", "--read-only", "--hostname", workload.name]
-    options += [f"--env={name}={value}" for name, value in environment.items()]
-    machine.run(["podman", "create", *options, "--rootfs", rootfs, *command])
+    remove(machine, container)
+    return rootfs
 
 
 def uninstall(machine: Host, workload: config.Workload) -> None:

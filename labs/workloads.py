@@ -75,8 +75,8 @@ class Workload(config.Workload):
 
     @property
     def data(self) -> str:
-        """The directory of the host that a container has as /mnt."""
-        return f"{self.bundle}/data"
+        """The directory of the host for what a service writes. A container has it as /mnt."""
+        return f"{self.bundle or f'/srv/{self.name}'}/data"
 
     @property
     def command(self) -> list[str]:
@@ -85,6 +85,8 @@ class Workload(config.Workload):
         for address in self.listens_on:
             argv += ["--address", address]
         argv += ["--memory-mb", str(self.memory_mb), "--dirty-mb-s", f"{self.dirty_mb_s:g}"]
+        if self.program == "bookkeeper" and not self.container:
+            argv += ["--books", self.data]
         return argv
 
 
@@ -97,7 +99,11 @@ def install(lab: Lab, workload: Workload) -> None:
         machine = lab.host(station.name)
         _install_code(machine)
         if workload.runtime == "podman":
-            podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE})
+            volumes = []
+            if workload.program == "bookkeeper":
+                _shell(machine, f"mkdir -p {workload.data}")  # podman creates no container with a directory missing
+                volumes = [f"--volume={workload.data}:/mnt"]
+            podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE}, volumes)
         elif workload.container:
             _install_bundle(machine, workload)
 

@@ -210,6 +210,7 @@ async def describe_workload(
         "bundle_present": definition.present,
         "bundle_problem": definition.problem or missing_source(definition.mounts, trees),
         "bundle_digest": definition.digest,
+        "trees": trees,
     }
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
     if tasks.state != "running" or (workload.runtime == "process" and not addresses):
@@ -241,7 +242,6 @@ async def describe_workload(
         sockets=socket_facts(owned_by(records, inodes)),
         executable=_executable(tasks.root_pid),
         namespace=own.facts,
-        trees=trees,
         obstacles=(
             *([own.obstacle] if own.obstacle is not None else []),
             *definition.obstacles,

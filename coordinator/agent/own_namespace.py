@@ -15,6 +15,7 @@ from netfix import namespace
 from netfix.attachment import Attachment, describe
 from netfix.errors import NetfixError
 
+_PODMAN_HINT = "Create the container on both hosts with --network host."
 _HINT = 'Give it a path in config.json, as in {"type": "network", "path": "/run/netns/NAME"}, on both hosts.'
 
 
@@ -40,6 +41,8 @@ def own_namespace(workload: WorkloadSpec, root_pid: int) -> OwnNamespace:
     its = PROC / str(root_pid) / "ns/net"
     if namespace.same(its, PROC / str(os.getpid()) / "ns/net"):
         return OwnNamespace()
+    if workload.runtime == "podman":
+        return _refused("podman has given the container a network namespace of its own", _PODMAN_HINT)
     path = configured_path(workload)
     if path is None or not namespace.same(path, its):
         what = f"{path} in config.json is another one" if path else "config.json names no path for it"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coordinator.checks import CHECKS, OBSTACLES
+from coordinator.checks import CHECKS
 from coordinator.errors import EXIT_MEANINGS, LivemoveError
+from coordinator.obstacles import OBSTACLES
 
 _MADE = "<!-- Made from {source} by `python -m coordinator.report.docs`: edit there, then run it. -->\n"
 

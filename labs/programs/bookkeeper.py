@@ -3,8 +3,8 @@
 A log that is appended to and synced; a file that is replaced by renaming another over it; one that is mapped and
 written to without a call; one that was deleted while it is open; a unix socket. In every one is the same number, which
 is also in memory. `python3 -m labs.programs.bookkeeper` takes the arguments of `pattern_server` and keeps its books in
-/mnt; with `--furnish DIR` it puts everything there that a file system can hold, and with `--look DIR` it says what
-is there.
+/mnt, or with `--books DIR` there; with `--furnish DIR` it puts everything there that a file system can hold, and with
+`--look DIR` it says what is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from labs.programs.ballast import Ballast
-from labs.programs.pattern_server import MEGABYTE, arguments, detach_stdio, serve
+from labs.programs.pattern_server import MEGABYTE, arguments, daemonize, detach_stdio, serve
 
 DATA = Path("/mnt")
 PAUSE_S = 0.005
@@ -150,9 +150,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--look"]:
         print(json.dumps(look(Path(sys.argv[2])), sort_keys=True))
         return None
-    options = arguments().parse_args()
+    parser = arguments()
+    parser.add_argument("--books", type=Path, default=DATA, help="the directory to keep them in")
+    options = parser.parse_args()
+    if options.daemon:  # first, because a thread does not come along into a child
+        daemonize(options.pid_file)
+        options.daemon, options.pid_file = False, None
     detach_stdio()
-    threading.Thread(target=Books(DATA).keep, daemon=True).start()
+    threading.Thread(target=Books(options.books).keep, daemon=True).start()
     return serve(options, lambda: Ballast(options.memory_mb * MEGABYTE))
 
 

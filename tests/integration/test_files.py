@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
-from typing import Any
 
 import pytest
 
@@ -15,14 +13,16 @@ from labs import config, workloads
 from labs.lab import Lab
 from labs.machines import Host
 from labs.programs.bookkeeper import STILL
-from labs.workloads import BOOKKEEPER, CODE, Workload
+from labs.workloads import CODE, Workload
+from tests.integration.books import audited, look
 from tests.integration.command import Livemove, Said, livemove, migrate
-from tests.integration.faults import Hold, held_criu, until
+from tests.integration.faults import Hold, held_criu
 from tests.integration.scene import Scene
 from tests.integration.stage import Stage
 
 NAME = "books"
 DATA = f"/srv/{NAME}/data"
+KEPT = f"{DATA}/{STILL}"
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +38,6 @@ def stage(lab: Lab) -> Iterator[Stage]:
 def scene(stage: Stage) -> Iterator[Scene]:
     with stage.scene() as scene:
         yield scene
-
-
-def look(host: Host, folder: str = f"{DATA}/{STILL}") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        host.run(["env", f"PYTHONPATH={CODE}", "python3", "-m", BOOKKEEPER, "--look", folder]).stdout
-    )
-    return found
-
-
-def audited(host: Host, more: int = 50) -> int:
-    """The service goes on for a while and finds its books in order; how many entries they have."""
-
-    def audit() -> dict[str, Any]:
-        said: dict[str, Any] = json.loads(host.read_file(f"{DATA}/audit"))
-        assert said["wrong"] == []
-        return said
-
-    before = audit()["entries"]
-    until(lambda: audit()["entries"] >= before + more, "more entries")
-    return int(audit()["entries"])
 
 
 def about_events(said: Said) -> list[str]:
@@ -83,7 +63,7 @@ def check_stayed(scene: Scene, said: Said, status: int, code: str, words: str) -
     assert words in said.stderr
     assert "Traceback" not in said.stderr
     scene.unharmed("alpha")
-    audited(scene.lab.host("alpha"))
+    audited(scene.lab.host("alpha"), DATA)
 
 
 @contextmanager
@@ -96,24 +76,24 @@ def frozen(lab: Lab) -> Iterator[tuple[Livemove, Hold]]:
 
 def test_a_move_that_is_given_up_leaves_the_files_where_they_were(lab: Lab, scene: Scene) -> None:
     alpha, beta = lab.host("alpha"), lab.host("beta")
-    still = look(alpha)
+    still = look(alpha, KEPT)
     with frozen(lab) as (move, hold):
-        assert look(beta) == still
+        assert look(beta, KEPT) == still
         move.signal(SIGINT)
         hold.go()
         said = move.finish()
     check_stayed(scene, said, 130, "INTERRUPTED", "INTERRUPTED")
-    assert look(alpha) == still
+    assert look(alpha, KEPT) == still
     assert not exists(beta, DATA)
 
 
 def test_somebody_else_writes_to_a_frozen_service_s_files(lab: Lab, scene: Scene) -> None:
     alpha = lab.host("alpha")
     with frozen(lab) as (move, hold):
-        alpha.run(["touch", f"{DATA}/{STILL}/plain"])
+        alpha.run(["touch", f"{KEPT}/plain"])
         hold.go()
         said = move.finish()
-    check_stayed(scene, said, 4, "FILES_CHANGED", f"{DATA}/{STILL}/plain was written to while the service was frozen")
+    check_stayed(scene, said, 4, "FILES_CHANGED", f"{KEPT}/plain was written to while the service was frozen")
     assert not exists(lab.host("beta"), DATA)
 
 
@@ -138,20 +118,20 @@ def test_there_and_back_with_everything(lab: Lab, scene: Scene) -> None:
     """To a host where there is nothing; and from its root, an overlay that tells of no changes, back to what was left
     there, where there is more by now."""
     alpha, beta = lab.host("alpha"), lab.host("beta")
-    still, entries = look(alpha), audited(alpha)
+    still, entries = look(alpha, KEPT), audited(alpha, DATA)
     said = migrate(lab, NAME, "beta")
     assert (said.status, about_events(said)) == (0, []), said.stderr
     scene.unharmed("beta")
-    assert look(beta) == still
-    assert entries < (entries := audited(beta))
-    alpha.run(["sh", "-c", f"rm {DATA}/{STILL}/owned && echo more >{DATA}/{STILL}/more && echo x >>{DATA}/log"])
+    assert look(beta, KEPT) == still
+    assert entries < (entries := audited(beta, DATA))
+    alpha.run(["sh", "-c", f"rm {KEPT}/owned && echo more >{KEPT}/more && echo x >>{DATA}/log"])
     scene.begin_hop()
     said = migrate(lab, NAME, "alpha")
     (warning,) = about_events(said)
     assert "the last pass looks at every file" in warning
     scene.unharmed("alpha")
-    assert look(alpha) == still
-    assert entries < audited(alpha)
+    assert look(alpha, KEPT) == still
+    assert entries < audited(alpha, DATA)
 
 
 def test_shared_and_present_directories_are_looked_at(lab: Lab, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from labs import config, groups, oci, workloads
+from labs import config, groups, oci, podman, workloads
 from labs.lab import Lab
 from labs.machines import Host
+from tests.integration import books
 from tests.integration.command import livemove, migrate
 from tests.integration.faults import failing_criu, until
 from tests.integration.scene import CONNECTIONS, Scene
@@ -89,6 +91,27 @@ def test_everything_in_a_container_goes_on(packaged_lab: Lab, runtime: Runtime) 
         scene.close()
 
 
+#: Whose files are copied, and to which hosts; a container of runc is moved with its own in `test_files`.
+COPIED = {
+    "crun": (config.Workload("books-crun", "crun", ("192.0.2.239/24",), "books-crun", "/srv/books-crun"), ["beta"]),
+    "podman": (config.Workload("books-podman", "podman", ("192.0.2.240/24",), "books-podman"), ["beta", "alpha"]),
+    "process": (config.Workload("books", "process", ("192.0.2.241/24",), pid_file="/run/books.pid"), ["beta"]),
+}
+
+
+@pytest.mark.parametrize("runtime", COPIED)
+def test_files_come_along(packaged_lab: Lab, tmp_path: Path, runtime: str) -> None:
+    workload, destinations = COPIED[runtime]
+    packaged_lab.add_workload(workload)
+    scene = Scene.start(packaged_lab, workload.name, program="bookkeeper")
+    volume = f'\n[[workloads.{workload.name}.volumes]]\npath = "{scene.workload.data}"\nfiles = "sync"\n'
+    (tmp_path / "lab.toml").write_text(packaged_lab.config_path.read_text() + volume)
+    try:
+        books.move_along(scene, *destinations, config=tmp_path / "lab.toml")
+    finally:
+        scene.close()
+
+
 #: By controller: the file of cgroup v2, and what `oci.with_limits` has written there.
 LIMITS = {"hugetlb": ("hugetlb.2MB.max", 8 << 20), "memory": ("memory.max", 1 << 30), "pids": ("pids.max", 500)}
 
@@ -149,6 +172,43 @@ def test_what_cannot_be_moved_is_told(packaged_lab: Lab, runtime: Runtime) -> No
         assert {"USER_NAMESPACE", "EXTERNAL_PIPE", "FILE_OUTSIDE"} <= found
     finally:
         scene.close()
+
+
+#: What podman is told of a container, and what livemove says of it then.
+PODMANS = {
+    "networks": (
+        ["--network=podman", "--restart=always", "--volume=/mnt", "--tty"],
+        {"OWN_NETWORK_NAMESPACE", "PODMAN_RESTARTS", "FILES_ELSEWHERE", "PODMAN_OPTION"},
+    ),
+    "pods": (
+        ["--pod=odd-pod", "--rm", "--log-driver=passthrough", "--uidmap=0:0:65536"],
+        {"IN_A_POD", "PODMAN_RESTARTS", "PODMAN_OPTION", "USER_NAMESPACE"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PODMANS)
+def test_what_podman_does_by_itself_is_told(packaged_lab: Lab, kind: str) -> None:
+    options, expected = PODMANS[kind]
+    workload = config.Workload("odd", "podman", ("192.0.2.242/24",), container="odd", files="sync")
+    packaged_lab.add_workload(workload)
+    hosts = [packaged_lab.host(name) for name in ("alpha", "beta")]
+    silent = "exec sleep 1000 </dev/null >/dev/null 2>&1"
+    try:
+        for host in hosts:
+            rootfs = podman.prepare(host, "odd")
+            host.run(["podman", "pod", "create", "--infra=false", "--share=", "odd-pod"])
+            named = ["--name=odd", "--read-only", *options, "--rootfs", rootfs]
+            host.run(["podman", "create", *named, "sh", "-c", silent])
+        hosts[0].run(["sh", "-c", "podman start odd </dev/null >/dev/null 2>&1"])
+        said = livemove(packaged_lab, "check", "odd", "--to", "beta", "--json")
+    finally:
+        for host in hosts:
+            podman.uninstall(host, workload)
+            host.run(["podman", "pod", "rm", "--force", "--ignore", "odd-pod"])
+            host.run(["nft", "destroy table inet netavark"])  # podman leaves it, when the last container has gone
+    assert said.status == 3
+    assert expected <= {each["code"] for each in said.report["findings"]}
 
 
 @every_runtime

@@ -46,6 +46,7 @@ PURE_OURS = frozenset(
         "facts",
         "findings",
         "move_facts",
+        "obstacles",
         "plan",
         "preflight",
         "preflight_addresses",
@@ -66,6 +67,7 @@ PURE = (
     "coordinator/preflight_runtime.py",
     "coordinator/checks.py",
     "coordinator/findings.py",
+    "coordinator/obstacles.py",
     "coordinator/agent/memory/convergence.py",
 )
 

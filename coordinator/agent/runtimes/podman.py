@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class PodmanRuntime:
         about = await self._inspect()
         if about is None:
             return Definition(present=False, problem=f"podman has no container {self._name} on this host")
-        obstacles = (*obstacles_of(about), *_shm(about))
+        obstacles = (*obstacles_of(about), *_shm(about), *unused_terminal(about))
         return Definition(digest=digest_of(about), obstacles=obstacles, mounts=mounts_of(about))
 
     async def prepare_restore(self) -> None:
@@ -176,12 +177,38 @@ def obstacles_of(about: dict[str, Any]) -> tuple[Obstacle, ...]:
     if about["OCIRuntime"] != "crun":
         hint = "Create it on both hosts with: podman --runtime crun create."
         found.append(Obstacle(code="PODMAN_RUNTIME", message=f"{named} runs under {about['OCIRuntime']}", hint=hint))
+    for option, why in _options(settings):
+        hint = f"Create it on both hosts without {option}."
+        found.append(Obstacle(code="PODMAN_OPTION", message=f"{named} has {option}: {why}", hint=hint))
     policy = (settings.get("RestartPolicy") or {}).get("Name") or "no"
     if policy != "no" or settings.get("AutoRemove"):
         option = f"--restart={policy}" if policy != "no" else "--rm"
         hint = "Turn it off on both hosts: podman update --restart=no; without --rm."
         found.append(Obstacle(code="PODMAN_RESTARTS", message=f"{named} has {option}", hint=hint))
     return tuple(found)
+
+
+def _options(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if settings.get("Cgroups") == "disabled":
+        # crun then names CRIU the top of the hierarchy: seen from within a container that is a host, all of the host.
+        yield "--cgroups=disabled", "instead of the container CRIU would freeze all there is"
+    driver = (settings.get("LogConfig") or {}).get("Type") or ""
+    if driver.startswith("passthrough"):
+        yield f"--log-driver={driver}", "its output goes to who started it, and stays with this host"
+
+
+def unused_terminal(about: dict[str, Any], proc: Path = Path("/proc")) -> tuple[Obstacle, ...]:
+    """A terminal that the service has closed is in no image, and podman's monitor would wait for it in vain."""
+    if not about["Config"].get("Tty") or about["State"]["Status"] != "running":
+        return ()
+    try:
+        targets = [str(each.readlink()) for each in (proc / str(about["State"]["Pid"]) / "fd").iterdir()]
+    except OSError:
+        return ()  # it ended, or closed a descriptor, while we looked
+    if any(target.startswith(("/dev/pts/", "/dev/console")) for target in targets):
+        return ()
+    message = f"podman's container {about['Name']} has --tty, and its first process has closed the terminal"
+    return (Obstacle(code="PODMAN_OPTION", message=message, hint="Create it on both hosts without --tty."),)
 
 
 def _shm(about: dict[str, Any]) -> tuple[Obstacle, ...]:

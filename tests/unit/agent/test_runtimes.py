@@ -12,9 +12,9 @@ from coordinator.agent.files.trees import missing_source
 from coordinator.agent.obstacles import obstacles
 from coordinator.agent.runtimes.base import Mount
 from coordinator.agent.runtimes.oci import bundle_definition
-from coordinator.agent.runtimes.podman import digest_of, obstacles_of
-from coordinator.checks import OBSTACLES
+from coordinator.agent.runtimes.podman import digest_of, obstacles_of, unused_terminal
 from coordinator.facts import RuntimeName, WorkloadSpec
+from coordinator.obstacles import OBSTACLES
 
 ABOUT: dict[str, Any] = {
     "Id": "4a5b",
@@ -48,11 +48,26 @@ def codes(about: dict[str, Any]) -> list[str]:
         (changed(RestartPolicy={"Name": ""}), []),
         (changed(AutoRemove=True), ["PODMAN_RESTARTS"]),
         (changed(Devices=[{"PathOnHost": "/dev/dri"}]), ["HOST_DEVICES"]),
+        (changed(Cgroups="disabled"), ["PODMAN_OPTION"]),
+        (changed(LogConfig={"Type": "passthrough"}), ["PODMAN_OPTION"]),
     ],
 )
 def test_what_of_podmans_container_cannot_move(about: dict[str, Any], expected: list[str]) -> None:
     assert codes(about) == expected
     assert set(expected) <= OBSTACLES.keys()
+
+
+def test_a_terminal_has_to_be_open(tmp_path: Path) -> None:
+    about = {**ABOUT, "Config": {"Tty": True}, "State": {"Status": "running", "Pid": 7}}
+    (tmp_path / "7/fd").mkdir(parents=True)
+    (tmp_path / "7/fd/0").symlink_to("/dev/null")
+    (found,) = unused_terminal(about, tmp_path)
+    assert (found.code, found.hint) == ("PODMAN_OPTION", "Create it on both hosts without --tty.")
+    assert unused_terminal({**about, "Config": {"Tty": False}}, tmp_path) == ()
+    assert unused_terminal({**about, "State": {"Status": "exited", "Pid": 0}}, tmp_path) == ()
+    assert unused_terminal({**about, "State": {"Status": "running", "Pid": 8}}, tmp_path) == ()
+    (tmp_path / "7/fd/1").symlink_to("/dev/pts/0")
+    assert unused_terminal(about, tmp_path) == ()
 
 
 def test_the_digest_is_of_what_has_to_be_the_same() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.agent.obstacles import _SOCKET_CODES
-from coordinator.checks import CHECKS, OBSTACLES
+from coordinator.checks import CHECKS
 from coordinator.errors import EXIT_MEANINGS, ExitCode, LivemoveError
+from coordinator.obstacles import OBSTACLES
 from coordinator.report.docs import PAGES, write
 
 ROOT = Path(__file__).parents[3]

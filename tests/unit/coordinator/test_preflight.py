@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.checks import CHECKS, NEEDS_CAP_SYS_RESOURCE
+from coordinator.checks import CHECKS
 from coordinator.errors import HostUnreachable
 from coordinator.facts import (
     CriuFacts,
@@ -27,6 +27,7 @@ from coordinator.facts import (
 from coordinator.fakes import healthy_facts
 from coordinator.findings import finding, in_order
 from coordinator.move_facts import MoveFacts, service_ports
+from coordinator.obstacles import NEEDS_CAP_SYS_RESOURCE
 from coordinator.preflight import host_findings, is_unicast_mac, move_findings, numbers, release
 from coordinator.protocol import SelfTestResult
 from tests.unit.coordinator.samples import ABSENT, ADDRESS, ALPHA_MAC, BETA_MAC, CIDR, RUNNING, tcp

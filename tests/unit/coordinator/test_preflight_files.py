@@ -76,6 +76,24 @@ def test_findings(files: FilesKind, here: TreeFacts, there: TreeFacts, options: 
     assert all(each.where == "beta" for each in found)
 
 
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ((Tree(path=PATH, inside="/data", files="sync"),), []),
+        ((Tree(path="/volumes/7f", inside="/data", files="sync"),), ["on alpha, and /volumes/7f there"]),
+        ((), ["on alpha, and another directory there"]),
+    ],
+)
+def test_what_is_copied_has_to_be_what_the_container_sees(there: tuple[Tree, ...], expected: list[str]) -> None:
+    facts = move("sync", HERE, THERE)
+    container = replace(RUNNING, state="absent", trees=there)
+    found = list(file_findings(replace(facts, workloads={**facts.workloads, "beta": container}), "alpha"))
+    assert [(each.code, each.where) for each in found] == [("FILES_ELSEWHERE", "beta")] * len(expected)
+    assert [each.message.partition(f"/data of the container is {PATH} ")[2] for each in found] == expected
+    other = replace(container, bundle_digest="other")  # another container altogether, which is told elsewhere
+    assert not list(file_findings(replace(facts, workloads={**facts.workloads, "beta": other}), "alpha"))
+
+
 def test_a_host_that_gave_no_answer_is_a_finding_elsewhere() -> None:
     facts = move("sync", HERE, THERE)
     assert list(file_findings(replace(facts, files={}), "alpha")) == []
