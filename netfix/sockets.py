@@ -21,12 +21,15 @@ from .diag_filter import local_address_is
 from .errors import from_errno
 from .netlink import NETLINK_SOCK_DIAG, NLM_F_DUMP, NLM_F_REQUEST, Message, NetlinkSocket, Refusal, attributes
 
-_SOCK_DIAG_BY_FAMILY = 20
+_SOCK_DIAG_BY_FAMILY, _TCPDIAG_GETSOCK = 20, 18
+"""The older of the two is the only one with which TCP's sockets of both families come from one walk. It is the walk
+that costs: through a table with those of all network namespaces, and all that are in TIME_WAIT."""
 _FAMILIES = {2: "ipv4", 10: "ipv6"}
-_PROTOCOLS = {6: "tcp", 17: "udp"}
+_TCP, _UDP = 6, 17
+_PROTOCOLS = {_TCP: "tcp", _UDP: "udp"}
 _ALL_STATES = 0xFFFFFFFF
 _PENDING_STATES = 0x1FBE
-"""All of `_TCP_STATES` but TIME_WAIT and 13, for which the kernel goes through another table; UDP has 1 and 7."""
+"""All of `_TCP_STATES` but TIME_WAIT and 13, for which the kernel goes through another table."""
 _INET_DIAG_INFO = 2
 """Asked for also because INET_DIAG_ULP_INFO comes only with it."""
 _TCP_INFO_UNSENT = struct.Struct("=144xI")
@@ -34,7 +37,7 @@ _TCP_INFO_UNSENT = struct.Struct("=144xI")
 _INET_DIAG_SKV6ONLY, _INET_DIAG_ULP_INFO = 11, 19
 _INET_ULP_INFO_NAME = 1
 _HEADER = struct.Struct("=IHHII")
-_REQUEST = struct.Struct("=BBBxI48x")
+_REQUEST, _TCP_REQUEST = struct.Struct("=BBBxI48x"), struct.Struct("=xxxB48xIxxxx")
 _ANSWER = struct.Struct("=BBBB2s2s16s16sI8x4xIIII")
 _QUEUES = struct.Struct("=xB54xIIxxxxI")
 """Of the same: state, both queues, inode."""
@@ -118,7 +121,7 @@ class SocketInventory(Protocol):
         """Those on the addresses, or on all addresses, in which something waits (`is_pending`). Raises NetfixError,
         InvalidAddressError.
 
-        Measured (Linux 6.18, 2 cores), nothing pending: 0.6 ms with 20 connections, 2.7 ms with 1000, 15 ms with 5000.
+        Measured (Linux 6.18, 2 cores), nothing pending: 0.4 ms with 20 connections, 2.7 ms with 1000, 15 ms with 5000.
         """
 
     def close(self) -> None:
@@ -230,35 +233,34 @@ class DiagSocketInventory:
         self._netlink = NetlinkSocket(NETLINK_SOCK_DIAG, "reading sockets")
 
     async def sockets(self) -> list[SocketRecord]:
-        records = []
-        for family in _FAMILIES:
-            for protocol in _PROTOCOLS:
-                records += [_record(answer, protocol) for answer in self._dump(family, protocol)]
-        return records
+        udp = (answer for family in _FAMILIES for answer in self._udp(family))
+        return [_record(each, _TCP) for each in self._tcp()] + [_record(each, _UDP) for each in udp]
 
     async def pending(self, addresses: Sequence[str]) -> list[SocketRecord]:
         where = local_address_is([*map(parse_address, addresses), *_WILDCARDS])
-        found = []
-        for family in _FAMILIES:
-            for protocol in _PROTOCOLS:
-                answers = self._dump(family, protocol, states=_PENDING_STATES, where=where, info=False)
-                if any(_has_last_words(answer) for answer in answers):  # how much of them is unsent, TCP_INFO tells
-                    answers = [answer for answer in answers if not _has_last_words(answer)]
-                    answers += self._dump(family, protocol, states=_CLOSING_STATES, where=where)
-                found += [_record(answer, protocol) for answer in answers if _waits(answer)]
+        tcp = self._tcp(states=_PENDING_STATES, where=where, info=False)
+        if any(_has_last_words(answer) for answer in tcp):  # how much of them is unsent, TCP_INFO tells
+            tcp = [answer for answer in tcp if not _has_last_words(answer)]
+            tcp += self._tcp(states=_CLOSING_STATES, where=where)
+        udp = (answer for family in _FAMILIES for answer in self._udp(family, where=where))
+        found = [_record(each, _TCP) for each in tcp if _waits(each)]
+        found += [_record(each, _UDP) for each in udp if _waits(each)]
         return of_addresses(filter(is_pending, found), addresses, wildcard=True)
 
-    def _dump(
-        self, family: int, protocol: int, *, states: int = _ALL_STATES, where: bytes = b"", info: bool = True
-    ) -> list[Message]:
-        extensions = 1 << (_INET_DIAG_INFO - 1) if protocol == 6 and info else 0
-        body = _REQUEST.pack(family, protocol, extensions, states) + where
-        size = _HEADER.size + len(body)
-        header = _HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
+    def _tcp(self, *, states: int = _ALL_STATES, where: bytes = b"", info: bool = True) -> list[Message]:
+        extensions = 1 << (_INET_DIAG_INFO - 1) if info else 0
+        return self._dump(_TCPDIAG_GETSOCK, _TCP_REQUEST.pack(extensions, states) + where)
+
+    def _udp(self, family: int, *, where: bytes = b"") -> list[Message]:
+        body = _REQUEST.pack(family, _UDP, 0, _ALL_STATES) + where
+        return self._dump(_SOCK_DIAG_BY_FAMILY, body, may_be_missing=family != socket.AF_INET)
+
+    def _dump(self, kind: int, body: bytes, *, may_be_missing: bool = False) -> list[Message]:
+        header = _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
         try:
             return self._netlink.request(header + body)
         except Refusal as refusal:
-            if refusal.number == errno.ENOENT and family != 2:
+            if refusal.number == errno.ENOENT and may_be_missing:
                 return []  # a kernel without IPv6
             raise from_errno(refusal.number, "reading sockets", refusal.detail) from refusal
 
@@ -272,7 +274,7 @@ def _record(answer: Message, protocol: int) -> SocketRecord:
         answer.data, _HEADER.size
     )
     mapped = family == 10 and local.startswith(_MAPPED)
-    states = _TCP_STATES if protocol == 6 else _UDP_STATES
+    states = _TCP_STATES if protocol == _TCP else _UDP_STATES
     only, ulp, unsent = False, "", 0
     for kind, value in attributes(answer.data, _HEADER.size + _ANSWER.size):
         if kind == _INET_DIAG_SKV6ONLY:
