@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_interface
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from coordinator.compare_files import compare_files
 from coordinator.config import Configuration, Host
 from coordinator.errors import LivemoveError
 from coordinator.events import EventSink
-from coordinator.facts import FilesFacts, FirewallDrop, HostFacts, MoverFacts, MoverSpec, WorkloadSpec
+from coordinator.facts import FilesFacts, FirewallDrop, HostFacts, MoverFacts, MoverSpec, WorkloadFacts, WorkloadSpec
 from coordinator.findings import Finding, errors_of, from_error, in_order
 from coordinator.move_facts import MoveFacts, running_on, service_ports
 from coordinator.plan import FrameBuilder
@@ -178,7 +178,20 @@ async def survey(
         files=files,
         differing=differing,
     )
-    return Survey(facts, move_findings(facts))
+    findings = move_findings(facts)
+    if any(each.code == "ADDRESS_ANSWERED_BY_OTHER" for each in findings):
+        facts = replace(facts, workloads=await _moving_meanwhile(sessions, workloads, workload))
+        findings = move_findings(facts)
+    return Survey(facts, findings)
+
+
+async def _moving_meanwhile(
+    sessions: Sessions, workloads: Mapping[str, WorkloadFacts], workload: WorkloadSpec
+) -> dict[str, WorkloadFacts]:
+    """The workload's facts, with a move that has begun since they were asked for: then it is the destination of that
+    move which answers, and nobody's fault."""
+    now, _ = await _ask(sessions.open, lambda _: DescribeWorkload(workload=workload), DESCRIBE_S)
+    return {name: replace(each, moving=now.get(name, each).moving) for name, each in workloads.items()}
 
 
 async def _ask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,9 @@ from coordinator.errors import (
 )
 from coordinator.events import Event
 from coordinator.facts import FirewallDrop, MoverFacts, MoverSpec, RouterSpec, ServicePort
-from coordinator.fakes import FakeHosts
+from coordinator.fakes import FakeHost, FakeHosts
 from coordinator.protocol import (
+    Answers,
     AskFirewall,
     DescribeHost,
     DescribeMover,
@@ -254,6 +256,25 @@ async def test_only_the_source_is_asked_whether_it_reaches_the_router(config: Co
     assert codes(report) == ["ROUTE_NOT_TO_SOURCE"]
     assert "the router 192.0.2.1 has 192.0.2.12 for 192.0.2.200, not alpha's 192.0.2.11" in report.findings[0].message
     assert [host for host, request in fakes.calls if isinstance(request, DescribeMover)] == ["alpha"]
+
+
+class BeginsToMove(FakeHost):
+    """Another move of the workload has come to another host by the time this one asks the segment."""
+
+    def reply_to(self, request: Request[Any]) -> object:
+        if isinstance(request, WhoAnswers):
+            self.workloads["counter"] = replace(ABSENT, moving="0123")
+            return Answers(macs=("02:00:5e:00:53:0d",))
+        return super().reply_to(request)
+
+
+async def test_a_move_that_begins_while_the_hosts_are_asked_is_what_is_told(config: Configuration) -> None:
+    fakes = hosts()
+    other = fakes.hosts["beta"]
+    fakes.hosts["beta"] = BeginsToMove(other.facts, other.workloads)
+    report = await ask(config, fakes)
+    assert codes(report) == ["WORKLOAD_BUSY", "ADDRESS_ANSWERED_BY_OTHER"]
+    assert "counter is part of migration 0123" in report.findings[0].message
 
 
 async def test_a_firewall_that_drops_the_port_is_found(config: Configuration) -> None:
