@@ -68,7 +68,7 @@ class Registration:
         self.read_only = self._never_writable(pagemap)
 
     def _register(self, pagemap: Pagemap, span: Span) -> int:
-        """As ``userfault.register``; no mark in the range is older than that."""
+        """As ``userfault.register``; stale marks in the range are taken off."""
         present, gone = PRESENT | SWAPPED, WPALLOWED | WRITTEN | guard_category()
         stale = [(start, end) for start, end, _ in pagemap.scan(*span, absent=gone, any_of=present)]
         refusal = register(self._userfaultfd, *span)
