@@ -92,16 +92,15 @@ class Books:
             self.audit()
 
 
-def furnish(folder: Path) -> None:
-    """Everything that a file system can hold."""
-    root = folder / STILL
+def fill(root: Path) -> None:
+    """Put everything there that a file system can hold."""
     (root / "folder/below").mkdir(parents=True)
     (root / "folder").chmod(0o2751)
     (root / "plain").write_bytes(os.urandom(300_000))
     (root / "owned").write_text("x")
     os.chown(root / "owned", 1234, 5678)
     (root / "owned").chmod(0o4755)
-    for name in ("#comment", "-option", " space", "new\nline", os.fsdecode(b"\xff\xfe"), "*"):
+    for name in ("#comment", ";comment", "-option", " space", "new\nline", os.fsdecode(b"\xff\xfe"), "*", "ä"):
         (root / "folder" / name).write_text(ascii(name))
     os.link(root / "plain", root / "folder/linked")
     (root / "link").symlink_to("/nowhere/at all")
@@ -114,6 +113,7 @@ def furnish(folder: Path) -> None:
         file.write(b"end")
     os.setxattr(root / "owned", "user.colour", b"green")
     os.setxattr(root / "folder/below", "system.posix_acl_access", ACL)
+    os.setxattr(root / "folder/below", "system.posix_acl_default", ACL)
 
 
 def look(folder: Path) -> dict[str, list[Any]]:
@@ -146,7 +146,7 @@ def _attribute_names(path: Path) -> list[str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--furnish"]:
-        return furnish(Path(sys.argv[2]))
+        return fill(Path(sys.argv[2], STILL))
     if sys.argv[1:2] == ["--look"]:
         print(json.dumps(look(Path(sys.argv[2])), sort_keys=True))
         return None

@@ -16,7 +16,8 @@ import pytest
 
 from coordinator.agent.files.left_over import LeftOver
 from coordinator.errors import FilesNotCopied
-from tests.contract.two_trees import ACL, Two, fill, links, replace
+from labs.programs.bookkeeper import ACL, fill
+from tests.contract.two_trees import Two, links, replace
 from tests.integration.faults import until
 
 

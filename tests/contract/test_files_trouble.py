@@ -18,7 +18,8 @@ from coordinator.agent.files import source as source_module
 from coordinator.agent.files.rsync import STREAM_BROKEN
 from coordinator.agent.messages import SyncBegin
 from coordinator.errors import FilesChanged, FilesNotCopied, ProtocolError
-from tests.contract.two_trees import Two, fill, replace
+from labs.programs.bookkeeper import fill
+from tests.contract.two_trees import Two, replace
 
 #: Documentation/admin-guide/sysctl/fs.rst
 EVENTS_KEPT = Path("/proc/sys/fs/fanotify/max_queued_events")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +24,6 @@ from labs import root
 _WRAPPER = """#!/bin/sh
 exec {loader} --library-path {libraries} {root}/usr/bin/rsync "$@"
 """
-#: An access control list (xattr of acl(5), version 2): owner rwx, user 1 rw, group r, mask rw, others nothing.
-ACL = bytes.fromhex("0200000001000700ffffffff020006000100000004000400ffffffff10000600ffffffff20000000ffffffff")
 
 
 @contextmanager
@@ -107,30 +104,6 @@ def links(root: Path) -> set[frozenset[str]]:
     for path, about in walk(str(root)):
         names.setdefault(about.st_ino, set()).add(path)
     return {frozenset(each) for each in names.values()}
-
-
-def fill(root: Path) -> None:
-    """Everything that a file system can hold."""
-    (root / "folder/below").mkdir(parents=True)
-    (root / "folder").chmod(0o2751)
-    (root / "plain").write_bytes(os.urandom(300_000))
-    (root / "owned").write_text("x")
-    os.chown(root / "owned", 1234, 5678)
-    (root / "owned").chmod(0o4755)
-    for name in ("#comment", ";comment", "-option", " space", "new\nline", os.fsdecode(b"\xff\xfe"), "*", "ä"):
-        (root / "folder" / name).write_text(ascii(name))
-    os.link(root / "plain", root / "folder/linked")
-    (root / "link").symlink_to("/nowhere/at all")
-    os.mkfifo(root / "pipe")
-    os.mknod(root / "null", 0o20666, os.makedev(1, 3))
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(root / "socket"))
-    with (root / "sparse").open("wb") as file:
-        file.seek(50 << 20)
-        file.write(b"end")
-    os.setxattr(root / "owned", "user.colour", b"green")
-    os.setxattr(root / "folder/below", "system.posix_acl_access", ACL)
-    os.setxattr(root / "folder/below", "system.posix_acl_default", ACL)
 
 
 def replace(root: Path) -> None:
