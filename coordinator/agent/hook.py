@@ -32,7 +32,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from coordinator.agent import quiet_criu
 from coordinator.agent.obstacles import MOST_DELETED_BYTES
+from coordinator.agent.process import agent_program
 from coordinator.errors import DumpFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE = "pre-dump", "post-dump", "post-restore"
@@ -91,7 +93,14 @@ if [ "$2" = --gzip ]; then
     shift 2
     set -- "$action" "$@"
 fi
-exec {tar} "$@"
+exec {program} "$@"
+"""
+
+#: Stands before ``criu`` in a runtime's PATH (``quiet_criu``).
+_CRIU = """#!/bin/sh
+# Written by livemove for one migration: no debug log of every step in the freeze.
+[ "$1" = swrk ] || exec {program} "$@"
+exec {quietly} {program} "$@"
 """
 
 
@@ -122,16 +131,23 @@ class Hook:
         script.chmod(0o700)
         options = {"most_deleted": MOST_DELETED_BYTES, "script": script, "lazy": _LAZY if lazy else ""}
         self.config.write_text(_CONFIG.format(**options))
-        if (tar := shutil.which("tar")) is not None:
-            shim = self.programs / "tar"
-            self.programs.mkdir(mode=0o700)
-            shim.write_text(_TAR.format(tar=shlex.quote(tar)))
-            shim.chmod(0o700)
+        self.programs.mkdir(mode=0o700)
+        self._stand_before("tar", _TAR)
+        self._stand_before("criu", _CRIU)
         # Read-write, so that neither side ever waits for the other to open its end (fifo(7), Linux).
         self._reached = os.open(reached, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._locks = {action: self._lock(action) for action in actions}
         self._arrivals: dict[str, asyncio.Future[int]] = {}
         asyncio.get_running_loop().add_reader(self._reached, self._hear)
+
+    def _stand_before(self, name: str, script: str) -> None:
+        """Have a script run in the place of a program of this host's."""
+        if (program := shutil.which(name)) is None:
+            return
+        quietly = shlex.join(agent_program(quiet_criu.__name__).argv)
+        shim = self.programs / name
+        shim.write_text(script.format(program=shlex.quote(program), quietly=quietly))
+        shim.chmod(0o700)
 
     def _lock(self, action: str) -> int:
         descriptor = os.open(self._folder / f"hold.{action}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -37,6 +37,17 @@ case "$*" in *{word}*) echo "Error (lab): no {word} today" >&2; exit 1 ;; esac
 exec {program} "$@"
 """
 
+#: Runs the real program, and keeps its log.
+_KEEP_LOG = """\
+#!/bin/sh
+{program} "$@"
+status=$?
+if {condition}; then
+    cat "${{CRIU_CONFIG_FILE%/hook/*}}"/*.log >>{kept}
+fi
+exit $status
+"""
+
 #: Becomes the real program, under a filter that has a listener already: a process can have but one. Another process
 #: keeps that, for as long as the program lives.
 _LISTENED_TO = """\
@@ -172,6 +183,17 @@ def failing_criu(host: Host, word: str) -> Iterator[None]:
     """A CRIU on this host that fails whenever this word is on its command line."""
     with _wrapped(host, "criu", _FAIL.format(word=word, program=_real(host, "criu"))):
         yield
+
+
+@contextmanager
+def kept_criu_log(host: Host) -> Iterator[str]:
+    """The path of a file on this host that gets what CRIU logs in a move."""
+    kept = f"{FOLDER}-criu.log"
+    try:
+        with _wrapped(host, "criu", _KEEP_LOG.format(condition=_OF_A_MOVE, kept=kept, program=_real(host, "criu"))):
+            yield kept
+    finally:
+        host.run(["rm", "-f", kept])
 
 
 @contextmanager

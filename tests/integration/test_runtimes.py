@@ -15,7 +15,7 @@ from labs.lab import Lab
 from labs.machines import Host
 from tests.integration import books
 from tests.integration.command import livemove, migrate
-from tests.integration.faults import failing_criu, until
+from tests.integration.faults import failing_criu, kept_criu_log, until
 from tests.integration.scene import CONNECTIONS, Scene
 
 PACKAGES = "runtimes"
@@ -252,3 +252,14 @@ def test_a_runtime_that_lost_its_state_file_is_told(scene: Scene) -> None:
     assert said.status == 3
     assert {"RUNTIME_LOST_IT", "WORKLOAD_NOT_RUNNING"} <= {each["code"] for each in said.report["findings"]}
     scene.unharmed("alpha")
+
+
+@every_runtime
+def test_criu_logs_warnings_alone(scene: Scene) -> None:
+    """A line for every step would be written in the freeze."""
+    alpha, beta = scene.lab.host("alpha"), scene.lab.host("beta")
+    with kept_criu_log(alpha) as dumped, kept_criu_log(beta) as restored:
+        said = migrate(scene.lab, scene.workload.name, "beta")
+        assert said.status == 0, said.stderr
+        lines = [*alpha.read_file(dumped).splitlines(), *beta.read_file(restored).splitlines()]
+    assert [line for line in lines if not line.startswith(("Warn ", "Error "))] == []

@@ -1,0 +1,138 @@
+"""Stands before ``criu`` in a runtime's PATH: has a CRIU that is asked to log every step log errors and warnings alone.
+
+runc and crun ask for CRIU's debug log, in their request, and no configuration file overrules that (criu/cr-service.c,
+setup_logging_from_req). It formats and writes some 35 lines for each connection, in the freeze.
+
+``criu swrk FD`` reads one request from its end of a pair of sockets (criu/cr-service.c, cr_service_work). We look at it
+without taking it, and if we can, put one in its place that says the same and asks for less: through the other end,
+which the runtime has and the kernel copies for us (pidfd_getfd(2)). Then this process becomes CRIU, and nobody stands
+between the two. Where any of that is not as we know it, CRIU gets the request as it was: that is merely slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import stat
+import struct
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+#: images/rpc.proto: of criu_req the ``type`` with a dump or a restore, the ``opts``; of these ``log_level``, 2 for
+#: warnings, which is CRIU's own default. Of what is sent twice the last one counts (Protocol Buffers, encoding).
+_TYPE, _DUMP_OR_RESTORE, _OPTIONS = 1, (1, 2), 2
+_FEWER_LINES = b"\x48\x02"
+#: Wire types: a number, so many bytes. A request has no others in it.
+_NUMBER, _BYTES = 0, 2
+#: Requests have some hundred bytes, more with many mounts.
+_MOST_BYTES = 128 * 1024
+
+#: One number on every machine.
+_PIDFD_GETFD = 438
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred
+
+_libc = ctypes.CDLL(None)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 4
+
+
+def quieter(request: bytes) -> bytes | None:
+    """The request with less to log (pure); ``None`` for one that is neither to dump nor to restore.
+
+    Raises ``ValueError`` or ``IndexError`` for one that cannot be read."""
+    at, wanted, instead = 0, False, None
+    while at < len(request):
+        begin = at
+        tag, at = _varint(request, at)
+        value, at = _varint(request, at)
+        if tag == _TYPE << 3 | _NUMBER:
+            wanted = value in _DUMP_OR_RESTORE
+        elif tag == _OPTIONS << 3 | _BYTES:
+            options = request[at : at + value] + _FEWER_LINES
+            head = request[:begin] + bytes((tag,)) + _as_varint(len(options))
+            instead = head + options + request[at + value :]
+        elif tag & 7 not in (_NUMBER, _BYTES):
+            raise ValueError(f"a field of type {tag & 7} in a request to CRIU")
+        at += value if tag & 7 == _BYTES else 0
+    return instead if wanted else None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at an offset, and the offset behind it."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def _as_varint(value: int) -> bytes:
+    digits = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+    return bytes((*(each | 0x80 for each in digits[:-1]), digits[-1]))
+
+
+def ask_for_less(criu_end: int) -> bool:
+    """Put a quieter request in the place of the one that waits at the descriptor; whether that was done.
+
+    Waits for the request. Raises ``OSError`` where it cannot be replaced; then it still waits there."""
+    with socket.socket(fileno=os.dup(criu_end)) as ours:
+        request, _, flags, _ = ours.recvmsg(_MOST_BYTES, 0, socket.MSG_PEEK)
+        instead = quieter(request)
+        if instead is None or flags & socket.MSG_TRUNC:
+            return False
+        pid, _, _ = _CREDENTIALS.unpack(ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        with _other_end(pid) as theirs:
+            theirs.send(instead)
+        ours.recv(_MOST_BYTES)  # the first of the two
+        return True
+
+
+def _other_end(pid: int) -> socket.socket:
+    """The socket of a process from which somebody has not read everything yet: there must be one of the kind."""
+    process = os.pidfd_open(pid)
+    with ExitStack() as unwanted:
+        unwanted.callback(os.close, process)
+        found = {}
+        for candidate in _packet_sockets(pid, process):
+            unwanted.callback(candidate.close)
+            if _unread(candidate):
+                found[os.fstat(candidate.fileno()).st_ino] = candidate
+        if len(found) != 1:
+            raise OSError(f"{len(found)} sockets of process {pid} may be the other end")
+        return found.popitem()[1].dup()
+
+
+def _packet_sockets(pid: int, process: int) -> Iterator[socket.socket]:
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            with suppress(OSError):  # closed meanwhile
+                if not stat.S_ISSOCK(entry.stat().st_mode):
+                    continue
+                if (copied := int(_libc.syscall(_PIDFD_GETFD, process, int(entry.name), 0))) < 0:
+                    continue
+                candidate = socket.socket(fileno=copied)
+                if (candidate.family, candidate.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+                    yield candidate
+                else:
+                    candidate.close()
+
+
+def _unread(candidate: socket.socket) -> bool:
+    """Whether there is something that the other side has not read yet (unix(7), SIOCOUTQ)."""
+    (unread,) = struct.unpack("=i", fcntl.ioctl(candidate, termios.TIOCOUTQ, bytes(4)))
+    return bool(unread)
+
+
+def main() -> None:
+    """``quiet_criu CRIU ARGUMENTS…``: becomes that program."""
+    criu, *arguments = sys.argv[1:]
+    with suppress(OSError, ValueError, IndexError):
+        if arguments[0] == "swrk":
+            ask_for_less(int(arguments[1]))
+    os.execv(criu, ["criu", *arguments])
