@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.criu_filter import CriuFilter
 from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, PRE_RESUME, Hook
 from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
-from coordinator.agent.memory.scan_filter import ScanFilter
 from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
@@ -28,8 +28,8 @@ class Dump(Protocol):
     async def ready(self) -> None:
         """Return when CRIU stands directly before the freeze."""
 
-    def freeze(self, root_pid: int) -> None:
-        """Let CRIU freeze the tasks, the first of which is ``root_pid``, and write the images."""
+    def freeze(self) -> None:
+        """Let CRIU freeze the tasks and write the images."""
 
     async def dumped(self) -> None:
         """Return when the images are complete and the tasks frozen; raise ``DumpFailed`` if that cannot be reached."""
@@ -74,11 +74,19 @@ class Checkpointer(Protocol):
     """Starts CRIU, through a runtime's command, held at our hooks."""
 
     async def dump(
-        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        *,
+        root_pid: int,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
     ) -> Dump:
-        """Start a dump, ``lazy`` if it is to leave private memory to us; returns as soon as the command runs.
+        """Start a dump of the tasks of which ``root_pid`` is the first; returns as soon as the command runs.
 
-        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
+        ``lazy``: private memory is left to us. ``hidden`` decides which pages CRIU is not to see, or says after the
+        dump why it has seen them all."""
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
@@ -130,22 +138,24 @@ class CriuRun:
 class CriuDump(CriuRun):
     """A real dump (see ``Dump``)."""
 
-    def __init__(self, running: Running, hook: Hook, work: Path, scans: ScanFilter) -> None:
+    def __init__(self, running: Running, hook: Hook, work: Path, root_pid: int, over: CriuFilter) -> None:
         super().__init__(running, hook, work, DumpFailed)
-        self._scans = scans
+        self._root_pid = root_pid
+        self._filter = over
         self._dumping = contextlib.ExitStack()
 
     async def ready(self) -> None:
         """See ``Dump``."""
         await self._stands_at(PRE_DUMP)
+        await asyncio.to_thread(self._filter.look)
 
-    def freeze(self, root_pid: int) -> None:
+    def freeze(self) -> None:
         """See ``Dump``."""
-        watch = NapWatch(self._running.pid, root_pid)
+        watch = NapWatch(self._running.pid, self._root_pid)
         self._dumping.callback(watch.end)
-        self._dumping.callback(self._scans.close)
+        self._dumping.callback(self._filter.close)
         watch.begin()
-        self._scans.arm(self._running.pid)
+        self._filter.arm(self._running.pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
@@ -211,12 +221,19 @@ class HeldCriu:
         self._images = images
 
     async def dump(
-        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        *,
+        root_pid: int,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
     ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
+        return CriuDump(running, hook, self._work, root_pid, CriuFilter(root_pid, hidden, self._images))
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool

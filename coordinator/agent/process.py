@@ -166,7 +166,7 @@ async def start_piped(command: Command, folder: str, complaints: Path) -> Piped:
 
 def _leave_stops_alone() -> None:
     """Before Python 3.12 a thread waits for each child, with waitpid(2): of a child that another thread of ours traces
-    (see ``memory/scan_filter.py``) it would get the stops, and take them for its end."""
+    (see ``criu_filter.py``) it would get the stops, and take them for its end."""
     if sys.version_info >= (3, 12):
         return
     watcher = asyncio.get_child_watcher()

@@ -182,7 +182,9 @@ class SourceHalf(Half):
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
         started, hidden = self.record_criu("dump"), self.memory.hidden
-        self._dump = await self.criu.dump(command, self.journal.path, started, lazy=lazy, hidden=hidden)
+        self._dump = await self.criu.dump(
+            command, self.journal.path, started, root_pid=self._root_pid, lazy=lazy, hidden=hidden
+        )
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
         await self._send_images()
@@ -213,7 +215,7 @@ class SourceHalf(Half):
         self._frozen_at = self.clock()
         self.part("gate closed")
         self.enter(Phase.FROZEN)
-        dump.freeze(self._root_pid)
+        dump.freeze()
         await self._link().send(FrozenNow())
         self.part("CRIU told to freeze")
 

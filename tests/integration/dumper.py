@@ -4,7 +4,9 @@ A program for a host of the lab, with the agent's code in its path: `dumper.py W
 JSON, HIDE `yes` or `no`. Prints a JSON list: for each dump the milliseconds for which it froze the tasks, and for each
 process counts of pages: `present` and `lazy` ones in its image, those `hidden` from CRIU which hold something, those of
 them that are in the image all the same (`told`), and those of its private memory that are neither hidden nor in the
-image (`lost`). That is checked against the page maps of the tasks while they stand frozen.
+image (`lost`). That is checked against the page maps of the tasks while they stand frozen. And whether the entries
+of their epolls were looked at before CRIU came to files (`epolls_in_time`), and are what their numbers say
+(`as_numbered`).
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from coordinator.agent import criu_filter
 from coordinator.agent.assembly import runtime_of
 from coordinator.agent.criu import HeldCriu
+from coordinator.agent.epolls import Epolls
 from coordinator.agent.memory.base import PAGE_BYTES, Backing
 from coordinator.agent.memory.copying import processes_of
 from coordinator.agent.memory.hidden_pages import HiddenPages
@@ -109,6 +114,23 @@ def counts(image: Path, pid: int, hidden: Spans) -> dict[str, int]:
     }
 
 
+class WatchedEpolls(Epolls):
+    """Worth while for any number of entries."""
+
+    images = Path()
+    in_time = as_they_say = False
+
+    def pays(self) -> bool:
+        """See ``Epolls``."""
+        return True
+
+    def as_numbered(self) -> bool:
+        """See ``Epolls``."""
+        WatchedEpolls.in_time = not list(self.images.glob("fdinfo-*"))
+        WatchedEpolls.as_they_say = super().as_numbered()
+        return WatchedEpolls.as_they_say
+
+
 async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str, Any]:
     """One dump that is given up when it is complete."""
     runtime = runtime_of(workload)
@@ -116,16 +138,20 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
     images, work = folder / "images", folder / "work"
     images.mkdir()
     work.mkdir()
+    WatchedEpolls.images = images
+    WatchedEpolls.in_time = WatchedEpolls.as_they_say = False
     journal = Journal.create(folder, "m-1", "source", {})
     hidden = HiddenPages(tasks.root_pid) if hide else None
     command = runtime.dump_command(tasks, images, work, lazy=True)
     gate = NftGate("dumper", [address.partition("/")[0] for address in workload.addresses])
-    running = await HeldCriu(work, images).dump(command, journal.path, lambda _: None, lazy=True, hidden=hidden)
+    criu = HeldCriu(work, images)
+    pid = tasks.root_pid
+    running = await criu.dump(command, journal.path, lambda _: None, root_pid=pid, lazy=True, hidden=hidden)
     try:
         await running.ready()
         await gate.set(CLOSED)  # or CRIU meets queues that grow while it reads them
         began = time.monotonic()
-        running.freeze(tasks.root_pid)
+        running.freeze()
         await running.dumped()
         frozen_ms = (time.monotonic() - began) * 1000
         secret = hidden.hidden if hidden is not None else {}
@@ -140,6 +166,8 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
     return {
         "frozen_ms": round(frozen_ms, 1),
         "refusal": "" if hidden is None else hidden.refusal,
+        "epolls_in_time": WatchedEpolls.in_time,
+        "as_numbered": WatchedEpolls.as_they_say,
         "processes": processes,
     }
 
@@ -148,9 +176,10 @@ async def main(workload: str, hide: str, times: str = "1") -> None:
     """See the module."""
     set_pace("urgent")
     said = []
-    for _ in range(int(times)):
-        with tempfile.TemporaryDirectory(dir="/run", prefix="dumper-") as folder:
-            said.append(await dump(WorkloadSpec(**json.loads(workload)), Path(folder), hide=hide == "yes"))
+    with mock.patch.object(criu_filter, "Epolls", WatchedEpolls):
+        for _ in range(int(times)):
+            with tempfile.TemporaryDirectory(dir="/run", prefix="dumper-") as folder:
+                said.append(await dump(WorkloadSpec(**json.loads(workload)), Path(folder), hide=hide == "yes"))
     print(json.dumps(said))
 
 

@@ -61,6 +61,9 @@ def test_hidden_pages_are_in_no_image_and_all_others_are(lab: Lab, name: str) ->
             (seen,) = dumped(lab.host("alpha"), scene, "no")
             (unseen,) = dumped(lab.host("alpha"), scene, "yes")
         assert unseen["refusal"] == ""
+        for each in (seen, unseen):  # the images in which CRIU is held come in that order
+            assert each["epolls_in_time"]
+            assert each["as_numbered"]
         before, after = total(seen), total(unseen)
         assert (before["lost"], after["lost"], after["told"]) == (0, 0, 0)
         assert (before["hidden"], after["lazy"]) == (0, 0)

@@ -177,7 +177,7 @@ class FakeDump(_Handle):
         """See ``Dump``."""
         await self.stands_at(PRE_DUMP)
 
-    def freeze(self, root_pid: int) -> None:
+    def freeze(self) -> None:
         """See ``Dump``."""
         self.run.proceed = True
         self.run.unlock(PRE_DUMP)
@@ -246,7 +246,14 @@ class FakeCheckpointer:
         self._life = life
 
     async def dump(
-        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        *,
+        root_pid: int,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
     ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))

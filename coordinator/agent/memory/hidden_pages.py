@@ -2,7 +2,7 @@
 
 A lazy dump leaves private anonymous memory out of its images, but not out of its work: it splices every page into a
 pipe, for somebody to fetch, while the tasks are frozen. With pre-copy nobody fetches them. So the agent tells CRIU,
-where it asks for the pages of such memory, that there are none (``scan_filter``, docs/decisions/0011-hidden-pages.md).
+where it asks for the pages of such memory, that there are none (``criu_filter``, docs/decisions/0011-hidden-pages.md).
 
 A page that is hidden is in no image. Two rules keep it from being lost:
 
@@ -19,7 +19,6 @@ from coordinator.agent.memory import base
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, spans_of, union
-from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
@@ -48,11 +47,6 @@ class HiddenPages:
         self._tasks: Collection[int] = ()
         self._may_hide: dict[int, Spans] = {}
         self._hidden: dict[int, Spans] = {}
-
-    @property
-    def root_image(self) -> str:
-        """Name of the image that has the page map of the root."""
-        return f"pagemap-{inner_pid(self._root_pid)}.img"
 
     @property
     def hidden(self) -> Mapping[int, Spans]:

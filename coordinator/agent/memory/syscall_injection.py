@@ -10,7 +10,7 @@ One thread of the target is stopped for some hundred microseconds, its others ru
   blocked as by the thread itself, and are delivered when it goes on: none is lost, none comes twice. A process that is
   stopped (SIGSTOP) stays so: the kernel stops the thread again when we let go of it.
 - *Memory.* Nothing of the process's is written. The instruction that makes the call is one it already has, usually of
-  its vdso; a call that takes a pointer (``scan_filter``) gets a page that is mapped and unmapped again.
+  its vdso; a call that takes a pointer (``criu_filter``) gets a page that is mapped and unmapped again.
 - *seccomp* is suspended for the calls (PTRACE_O_SUSPEND_SECCOMP).
 - *rseq.* A thread inside a restartable sequence is let out of it first: its kernel-side restart would be skipped while
   it runs our instruction.

@@ -61,10 +61,10 @@ def commit(journal: Journal) -> None:
 @pytest.mark.parametrize("committed", [True, False])
 async def test_a_dump_stops_before_the_freeze_and_after_it(criu: HeldCriu, journal: Journal, committed: bool) -> None:
     pids: list[int] = []
-    dump = await criu.dump(script(DUMP), journal.path, pids.append, lazy=False)
+    dump = await criu.dump(script(DUMP), journal.path, pids.append, root_pid=os.getpid(), lazy=False)
     assert len(pids) == 1
     await dump.ready()
-    dump.freeze(os.getpid())
+    dump.freeze()
     await dump.dumped()
     if committed:
         commit(journal)
@@ -76,7 +76,11 @@ async def test_a_dump_stops_before_the_freeze_and_after_it(criu: HeldCriu, journ
 async def test_a_dump_that_is_let_go_before_the_freeze_gives_up(criu: HeldCriu, journal: Journal) -> None:
     frozen = journal.path.parent / "frozen"
     dump = await criu.dump(
-        script(DUMP.replace("at network-lock", f"touch {frozen}")), journal.path, lambda _: None, lazy=False
+        script(DUMP.replace("at network-lock", f"touch {frozen}")),
+        journal.path,
+        lambda _: None,
+        root_pid=os.getpid(),
+        lazy=False,
     )
     await dump.ready()
     dump.let_go()
@@ -161,9 +165,9 @@ async def test_a_lazy_dump_kills_the_frozen_tasks_on_a_commit(criu: HeldCriu, jo
     """CRIU itself does not: it would serve their pages first."""
     with sleeping() as task:
         text = DUMP.replace("at post-dump", f"CRTOOLS_INIT_PID={task.pid}; export CRTOOLS_INIT_PID; at post-dump")
-        dump = await criu.dump(script(text), journal.path, lambda _: None, lazy=True)
+        dump = await criu.dump(script(text), journal.path, lambda _: None, root_pid=os.getpid(), lazy=True)
         await dump.ready()
-        dump.freeze(os.getpid())
+        dump.freeze()
         await dump.dumped()
         assert task.poll() is None
         commit(journal)
@@ -172,14 +176,14 @@ async def test_a_lazy_dump_kills_the_frozen_tasks_on_a_commit(criu: HeldCriu, jo
 
 
 async def test_a_failure_is_told_with_its_first_explaining_line(criu: HeldCriu, journal: Journal) -> None:
-    dump = await criu.dump(script(FAILING), journal.path, lambda _: None, lazy=False)
+    dump = await criu.dump(script(FAILING), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False)
     with pytest.raises(DumpFailed, match=r"exit status 1: Error \(a.c:1\): no such file"):
         await dump.ready()
 
 
 async def test_what_cannot_be_started_is_told(criu: HeldCriu, journal: Journal) -> None:
     with pytest.raises(CommandFailed, match="/nonexistent"):
-        await criu.dump(Command(("/nonexistent",), {}), journal.path, lambda _: None, lazy=False)
+        await criu.dump(Command(("/nonexistent",), {}), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False)
 
 
 async def test_cancelled_while_it_starts_it_is_known_and_follows_the_journal(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from dataclasses import replace
 
 import pytest
@@ -13,10 +12,9 @@ from hypothesis import strategies as st
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, Mapping, ProcessChanges
 from coordinator.agent.memory.hidden_pages import HiddenPages, hide, hideable, pays
 from coordinator.agent.memory.mappings import parse_mapping, parse_smaps
-from coordinator.agent.memory.pagemap import PAGEMAP_SCAN, PRESENT, SWAPPED, WRITTEN, ScanArgument
+from coordinator.agent.memory.pagemap import PRESENT, SWAPPED, WRITTEN, ScanArgument
 from coordinator.agent.memory.runs import Spans, count_pages
 from coordinator.agent.memory.scan_answer import looks_for_content
-from coordinator.agent.memory.scan_filter import filter_program
 from coordinator.errors import TrackingFailed
 
 ROOT, CHILD, STRANGER = 10, 11, 99
@@ -176,36 +174,3 @@ def test_every_page_is_visible_or_hidden(ends: list[int], first: int, length: in
 def test_only_scans_for_content_are_answered(change: dict[str, int], content: bool) -> None:
     fields = {"vec_len": 10, "start": 0, "end": PAGE_BYTES, "category_anyof_mask": PRESENT | SWAPPED, **change}
     assert looks_for_content(ScanArgument(ctypes.sizeof(ScanArgument), **fields)) is content
-
-
-def verdict(program: bytes, architecture: int, number: int, request: int) -> int:
-    """What the kernel decides about a system call: runs the filter's instructions."""
-    data = struct.pack("=iIQ6Q", number, architecture, 0, 3, request, 0, 0, 0, 0)
-    code = list(struct.iter_unpack("=HBBI", program))
-    at = value = 0
-    while True:
-        operation, yes, no, constant = code[at]
-        at += 1
-        if operation == 0x20:
-            (value,) = struct.unpack_from("=I", data, constant)
-        elif operation == 0x15:
-            at += yes if value == constant else no
-        else:
-            assert operation == 0x06
-            return int(constant)
-
-
-ALLOW, ASK = 0x7FFF0000, 0x7FC00000
-X86, ARM = (0xC000003E, 16), (0xC00000B7, 29)
-
-
-@pytest.mark.parametrize(("machine", "own", "other"), [("x86_64", X86, ARM), ("aarch64", ARM, X86)])
-def test_the_filter_asks_about_scans_alone(machine: str, own: tuple[int, int], other: tuple[int, int]) -> None:
-    program = filter_program(machine)
-    assert verdict(program, *own, PAGEMAP_SCAN) == ASK
-    assert verdict(program, *own, PAGEMAP_SCAN | 0xFFFFFFFF << 32) == ASK  # the kernel looks at 32 bits
-    assert verdict(program, *own, PAGEMAP_SCAN + 1) == ALLOW
-    assert verdict(program, own[0], own[1] + 1, PAGEMAP_SCAN) == ALLOW
-    assert verdict(program, *other, PAGEMAP_SCAN) == ALLOW
-    assert verdict(program, 0x40000003, 54, PAGEMAP_SCAN) == ALLOW  # 32-bit x86
-    assert verdict(program, own[0], own[1] | 0x40000000, PAGEMAP_SCAN) == ALLOW  # x32

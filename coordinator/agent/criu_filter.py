@@ -1,15 +1,22 @@
-"""Puts CRIU under a seccomp filter that hands its PAGEMAP_SCAN calls to us (seccomp_unotify(2)), and nothing else.
+"""Puts CRIU under a seccomp filter that keeps it from doing in the freeze what we have done, or do sooner.
+
+- Its PAGEMAP_SCAN calls are handed to us (seccomp_unotify(2)), so that it does not see the pages that we send
+  (``memory/hidden_pages``).
+- Its questions whether an entry of an epoll is what its number says are answered in the kernel with yes, if we have
+  seen that all of them are (``epolls``).
 
 A process under a filter can neither suspend other processes' filters nor read them (kernel/ptrace.c,
 check_ptrace_options; kernel/seccomp.c, seccomp_get_filter), and CRIU does both to every container that has one. So it
-gets ours when it has done that, and before it looks at a page: it is held in the moment in which it opens the page map
-image of the root, the first task it dumps (criu/cr-dump.c, cr_dump_tasks; criu/page-xfer.c, open_page_local_xfer), and
-makes the call by injection, as a task makes its userfaultfd.
+gets ours when it has done that: it is held in the moment in which it opens an image of the root, the first task it
+dumps (criu/cr-dump.c, cr_dump_tasks, dump_one_task), and makes the call by injection, as a task makes its userfaultfd.
+That is the page map, which comes directly before the first page (criu/page-xfer.c, open_page_local_xfer), or, for the
+epolls' sake, that of its ids, which comes directly before its files. (An image is opened when something is written to
+it: criu/image.c, open_image_at.)
 
-From then on who stands in such a call waits for our answer. Every other call goes on as ever: the kernel decides once a
-call number, and only of ioctl(2) the arguments are looked at. If we are gone, the kernel answers ENOSYS: CRIU's dump
+From then on who asks us waits for our answer. Every other call goes on as ever: the kernel decides once a call number,
+and only of two of them the arguments are looked at. If we are gone, the kernel answers a scan with ENOSYS: CRIU's dump
 fails and the tasks are thawed, which is right, for without us nobody sends the pages that it was not to see. What fails
-before that leaves a dump that sees all pages, and takes longer.
+before that leaves a dump that sees all, and takes longer.
 """
 
 from __future__ import annotations
@@ -27,12 +34,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from coordinator.agent.epolls import KCMP_EPOLL_TFD, Epolls
 from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.held_open import HeldOpen
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
 from coordinator.agent.memory.scan_answer import ScanAnswerer
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.memory.userfault import ioctl_number, take_out
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import LivemoveError, TrackingFailed
@@ -44,18 +53,24 @@ class _Numbers:
 
     architecture: int
     ioctl: int
+    kcmp: int
     mmap: int
     munmap: int
     seccomp: int
 
 
-_MACHINES = {"x86_64": _Numbers(0xC000003E, 16, 9, 11, 317), "aarch64": _Numbers(0xC00000B7, 29, 222, 215, 277)}
+_MACHINES = {
+    "x86_64": _Numbers(0xC000003E, 16, 312, 9, 11, 317),
+    "aarch64": _Numbers(0xC00000B7, 29, 272, 222, 215, 277),
+}
 
 #: Opcodes of include/uapi/linux/bpf_common.h, and of struct seccomp_data the offsets of number, architecture and the
-#: low half of the second argument (both machines are little-endian; the kernel takes an ioctl's request as 32 bits).
+#: low halves of the second and third argument (both machines are little-endian; the kernel takes an ioctl's request and
+#: what kcmp compares as 32 bits).
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_NUMBER, _ARCHITECTURE, _REQUEST = 0, 4, 24
-_ALLOW, _USER_NOTIF = 0x7FFF0000, 0x7FC00000
+_NUMBER, _ARCHITECTURE, _SECOND, _THIRD = 0, 4, 24, 32
+#: The last is SECCOMP_RET_ERRNO with no error: the call is not made, and returns 0, which is kcmp's "the same".
+_ALLOW, _USER_NOTIF, _RETURN_0 = 0x7FFF0000, 0x7FC00000, 0x00050000
 _INSTRUCTION = struct.Struct("=HBBI")
 _PROGRAM = struct.Struct("=HxxxxxxQ")  # struct sock_fprog
 
@@ -71,26 +86,27 @@ _SET_FLAGS = ioctl_number(1, ord("!"), 4, 8)
 _CONTINUE, _SYNC_WAKE_UP = 1, 1
 
 
-def filter_program(machine: str) -> bytes:
-    """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …), allow the rest, as well as calls of other
-    ways into the kernel (32 bit). Knows the machines that trackers know (``registers``)."""
+def filter_program(machine: str, *, scans: bool = True, epolls: bool = False) -> bytes:
+    """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …), say yes to kcmp(…, KCMP_EPOLL_TFD, …), and
+    allow the rest, as well as calls of other ways into the kernel (32 bit). Knows the machines that trackers know
+    (``registers``)."""
     numbers = _MACHINES[machine]
-    return b"".join(
-        _INSTRUCTION.pack(*fields)
-        for fields in (
-            (_LOAD, 0, 0, _ARCHITECTURE),
-            (_JUMP_EQUAL, 0, 5, numbers.architecture),
-            (_LOAD, 0, 0, _NUMBER),
-            (_JUMP_EQUAL, 0, 3, numbers.ioctl),
-            (_LOAD, 0, 0, _REQUEST),
-            (_JUMP_EQUAL, 0, 1, PAGEMAP_SCAN),
-            (_RETURN, 0, 0, _USER_NOTIF),
-            (_RETURN, 0, 0, _ALLOW),
-        )
-    )
+    rules = [(numbers.ioctl, _SECOND, PAGEMAP_SCAN, _USER_NOTIF)] if scans else []
+    rules += [(numbers.kcmp, _THIRD, KCMP_EPOLL_TFD, _RETURN_0)] if epolls else []
+    code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 0, 1 + 4 * len(rules), numbers.architecture)]
+    code.append((_LOAD, 0, 0, _NUMBER))
+    for left, (number, argument, value, verdict) in zip(reversed(range(len(rules))), rules, strict=True):
+        code += [
+            (_JUMP_EQUAL, 0, 3, number),
+            (_LOAD, 0, 0, argument),
+            (_JUMP_EQUAL, 0, 1 + 4 * left, value),
+            (_RETURN, 0, 0, verdict),
+        ]
+    code.append((_RETURN, 0, 0, _ALLOW))
+    return b"".join(_INSTRUCTION.pack(*fields) for fields in code)
 
 
-def put_under_filter(pid: int, asked: Callable[[], None] = lambda: None) -> int:
+def put_under_filter(pid: int, program: bytes, asked: Callable[[], None] = lambda: None) -> int:
     """Put a process of one thread, and all it will start, under the filter; return the listener.
 
     ``asked`` as for ``with_stopped_thread``. Raises ``TargetGone``, or ``TrackingFailed`` with the reason."""
@@ -99,19 +115,17 @@ def put_under_filter(pid: int, asked: Callable[[], None] = lambda: None) -> int:
     except ProcessLookupError:
         raise TrackingFailed(f"process {pid} is gone") from None
     try:
-        return with_stopped_thread(pid, lambda thread: _install(thread, process), asked=asked)
+        return with_stopped_thread(pid, lambda thread: _install(thread, process, program), asked=asked)
     finally:
         os.close(process)
 
 
-def _install(thread: StoppedThread, process: int) -> int:
+def _install(thread: StoppedThread, process: int, program: bytes) -> int:
     """The program has to lie in the process's memory: in a page that is its own for the time of the call."""
-    machine = os.uname().machine
-    numbers = _MACHINES[machine]
+    numbers = _MACHINES[os.uname().machine]
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     page = _succeeded(thread, "mmap", thread.call(numbers.mmap, 0, PAGE_BYTES, protection, flags, -1, 0))
     try:
-        program = filter_program(machine)
         head = _PROGRAM.pack(len(program) // _INSTRUCTION.size, page + _PROGRAM.size)
         memory = os.open(f"/proc/{thread.tid}/mem", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -131,29 +145,38 @@ def _succeeded(thread: StoppedThread, name: str, result: int) -> int:
     return result
 
 
-class ScanFilter:
-    """The filter of one dump, and the thread that answers. It ends with the last process under the filter, or soon
-    after ``close``."""
+class CriuFilter:
+    """The filter of one dump, and the thread that arms it and answers. The thread ends with the last process under the
+    filter, or soon after ``close``."""
 
-    def __init__(self, hidden: HiddenPages | None, images: Path) -> None:
-        """``images``: where CRIU will write them. With nothing that could be hidden nothing is done at all."""
+    def __init__(self, root_pid: int, hidden: HiddenPages | None, images: Path) -> None:
+        """``images``: where CRIU will write them; ``hidden``: ``None`` if it is to see every page."""
         self._hidden = hidden
+        self._epolls: Epolls | None = None
+        self._root_pid = root_pid
         self._images = images
         self._open: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
+    def look(self) -> None:
+        """See, while the tasks run, whether to answer for their epolls: some milliseconds for thousands of files."""
+        epolls = Epolls(self._root_pid)
+        self._epolls = epolls if epolls.pays() else None
+
     def arm(self, command: int) -> None:
-        """Wait, in a thread, for CRIU to come to its pages: a descendant of the process ``command``, or itself."""
-        if self._hidden is None:
+        """Wait, in a thread, for CRIU to come to the root: a descendant of the process ``command``, or itself.
+
+        With nothing to hide and no epolls to answer for nothing is done at all."""
+        if self._hidden is None and self._epolls is None:
             return
+        kind = "pagemap" if self._epolls is None else "ids"
         try:
-            held = HeldOpen(self._images / self._hidden.root_image)
+            held = HeldOpen(self._images / f"{kind}-{inner_pid(self._root_pid)}.img")
         except OSError as error:
-            self._hidden.refusal = str(error)
+            self._refused(str(error))
             return
         self._open, until = socket.socketpair()
-        arguments = (self._hidden, held, command, until)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="scan-filter", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(held, command, until), name="criu-filter", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -167,22 +190,32 @@ class ScanFilter:
             self._thread.join(deadline_s)
         return self._thread is None or not self._thread.is_alive()
 
-    def _run(self, hidden: HiddenPages, held: HeldOpen, command: int, until: socket.socket) -> None:
+    def _run(self, held: HeldOpen, command: int, until: socket.socket) -> None:
+        hidden = self._hidden
         with until, closing(held):
             criu = held.wait(until.fileno(), lambda pid: pid in process_tree(command))
             if criu is None:
-                hidden.refusal = "CRIU did not come to the page map of the root"
+                self._refused("CRIU did not come to the images of the root")
                 return
             try:
-                listener = put_under_filter(criu, held.let_in)
+                settled = self._epolls is not None and self._epolls.as_numbered()
+                if hidden is None and not settled:
+                    return
+                program = filter_program(os.uname().machine, scans=hidden is not None, epolls=settled)
+                listener = put_under_filter(criu, program, held.let_in)
             except (OSError, LivemoveError) as error:
-                hidden.refusal = str(error)
+                self._refused(str(error))
                 return
             try:
-                with closing(ScanAnswerer(hidden)) as answerer:
-                    _answer_all(listener, until.fileno(), answerer)
+                if hidden is not None:
+                    with closing(ScanAnswerer(hidden)) as answerer:
+                        _answer_all(listener, until.fileno(), answerer)
             finally:  # whatever ends this, nobody may wait for an answer any more
                 os.close(listener)
+
+    def _refused(self, why: str) -> None:
+        if self._hidden is not None:
+            self._hidden.refusal = why
 
 
 def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
