@@ -46,6 +46,9 @@ class ImageSpace(Protocol):
     async def remove(self) -> None:
         """Remove it with all that is in it. Idempotent."""
 
+    def names(self) -> set[str]:
+        """The image files that are there."""
+
     def sizes(self) -> dict[str, int]:
         """The image files, by name, with their bytes."""
 
@@ -88,6 +91,12 @@ class TmpfsImageSpace:
             shutil.rmtree(self._base)
         if self._base.parent.exists() and not any(self._base.parent.iterdir()):
             self._base.parent.rmdir()
+
+    def names(self) -> set[str]:
+        """See ``ImageSpace``."""
+        with os.scandir(self.images) as entries:
+            found = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        return found | {INVENTORY} if self._aside.is_file() else found
 
     def sizes(self) -> dict[str, int]:
         """See ``ImageSpace``."""

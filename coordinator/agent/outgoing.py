@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from coordinator.agent.channel import CHUNK_BYTES, Channel
 from coordinator.agent.images import ImageSpace
@@ -13,17 +15,64 @@ from coordinator.events import Progress
 #: A dump leaves some sixty files, most of them of a few hundred bytes: a message for each costs more than its content.
 _SMALL_BYTES = 64 * 1024
 
+#: There is one for each connection. CRIU opens, writes and closes them one after the other (criu/sk-tcp.c,
+#: dump_tcp_conn_state), so that all but the last are complete.
+_OF_CONNECTION = "tcp-stream-"
+#: How often to look for them, how many are worth a message, and how many are read before anything else gets its turn.
+_LOOK_S, _WORTH, _AT_ONCE = 0.02, 200, 400
+
 #: What the destination has of an image from the rounds: the object's number, and the spans.
 Stored = tuple[int, list[Span]]
 
 
-async def send_images(link: Channel, images: ImageSpace, stored: Mapping[str, Stored], progress: Progress) -> int:
-    """Send all images that are there; of those in ``stored``, only what the destination does not have.
+@dataclass(frozen=True, slots=True)
+class SentImages:
+    """What was sent: the bytes, and the size of each image that the destination has now."""
 
-    Returns the bytes sent; ``progress`` is told of them."""
+    bytes: int
+    sizes: Mapping[str, int]
+
+
+NOTHING_SENT = SentImages(0, {})
+
+
+async def send_finished(
+    link: Channel, images: ImageSpace, dumped: asyncio.Future[None], progress: Progress
+) -> SentImages:
+    """While CRIU dumps, send what it has finished with: the images of connections, if there are many.
+
+    Returns soon after ``dumped`` is done, whatever its outcome."""
+    sizes: dict[str, int] = {}
+    known: set[str] = set()
+    sent = 0
+    while not dumped.done():
+        await asyncio.wait((dumped,), timeout=_LOOK_S)
+        found = {name for name in images.names() if name.startswith(_OF_CONNECTION)}
+        finished, known = known - sizes.keys() if found > known else set(), found
+        if len(finished) < _WORTH:
+            continue
+        names = sorted(finished)[:_AT_ONCE]
+        contents = [images.read(name, 0, _SMALL_BYTES) for name in names]
+        await link.send(SmallImages(names=tuple(names), sizes=tuple(map(len, contents))), b"".join(contents))
+        sizes.update(zip(names, map(len, contents), strict=True))
+        sent += sum(map(len, contents))
+        progress("images", sent, sent)
+    return SentImages(sent, sizes)
+
+
+async def send_images(
+    link: Channel,
+    images: ImageSpace,
+    stored: Mapping[str, Stored],
+    progress: Progress,
+    before: SentImages = NOTHING_SENT,
+) -> SentImages:
+    """Send all images that are there, but what was sent ``before``; of those in ``stored``, only what the destination
+    does not have. ``progress`` is told of the bytes."""
     sizes = images.sizes()
-    small = {name: size for name, size in sizes.items() if size <= _SMALL_BYTES and name not in stored}
-    sent, total = 0, sum(sizes.values())
+    missing = {name: size for name, size in sizes.items() if before.sizes.get(name) != size}
+    small = {name: size for name, size in missing.items() if size <= _SMALL_BYTES and name not in stored}
+    sent, total = before.bytes, sum(sizes.values())
 
     async def send(name: str, start: int, length: int) -> None:
         nonlocal sent
@@ -38,7 +87,7 @@ async def send_images(link: Channel, images: ImageSpace, stored: Mapping[str, St
         await link.send(SmallImages(names=tuple(names), sizes=tuple(small[name] for name in names)), content)
         sent += len(content)
         progress("images", sent, total)
-    for name in sorted(sizes.keys() - small.keys()):
+    for name in sorted(missing.keys() - small.keys()):
         if name not in stored:
             await send(name, 0, sizes[name])
             continue
@@ -49,7 +98,7 @@ async def send_images(link: Channel, images: ImageSpace, stored: Mapping[str, St
         if have := [span for span in spans if span.sent]:
             offsets, starts, counts = zip(*((span.offset, span.address, span.pages) for span in have), strict=True)
             await link.send(StoredParts(name=name, pid=number, offsets=offsets, starts=starts, counts=counts))
-    return sent
+    return SentImages(sent, sizes)
 
 
 def batches(sizes: Mapping[str, int], most: int) -> Iterator[Sequence[str]]:

@@ -31,7 +31,7 @@ from coordinator.agent.messages import (
     Resumed,
     Staged,
 )
-from coordinator.agent.outgoing import send_images
+from coordinator.agent.outgoing import NOTHING_SENT, SentImages, send_finished, send_images
 from coordinator.agent.runtimes.base import Tasks
 from coordinator.agent.settling import Settling
 from coordinator.agent.tracking import TrackedSource
@@ -58,7 +58,7 @@ class SourceHalf(Half):
     _root_pid: int = 0
     _frozen_at: float = 0.0
     _freeze_ms: float = 0.0
-    _frozen_bytes: int = 0
+    _sent: SentImages = NOTHING_SENT
     _sockets: tuple[SocketFacts, ...] = ()
     _peer_is_silent: bool = False
 
@@ -139,7 +139,7 @@ class SourceHalf(Half):
         await self._freeze(dump)
         async with _freeze_deadline(self.plan.deadlines.freeze_s):
             await self.tracked.send_rest(self._link())
-            await dump.dumped()
+            await self._dumped(dump)
             self.enter(Phase.DUMPED)
             self.part("CRIU dumps")
             await self.files.last(self._root_pid, self._link())
@@ -148,7 +148,8 @@ class SourceHalf(Half):
             await self.memory.last(self._root_pid, self._link())
             self.part("last pages sent")
             await self._send_images()
-            await self._link().send(ImagesComplete(sizes=self.images.sizes(), pages_later=self.memory.fetched_later))
+            sizes = dict(self._sent.sizes)
+            await self._link().send(ImagesComplete(sizes=sizes, pages_later=self.memory.fetched_later))
             self.part("images sent")
             self._sockets = await self.network.sockets(self._root_pid)
             self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
@@ -187,7 +188,7 @@ class SourceHalf(Half):
         )
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
-        await self._send_images()
+        await send_images(self._link(), self.images, {}, self.progress)
         return self._dump
 
     async def _divert(self) -> None:
@@ -219,10 +220,21 @@ class SourceHalf(Half):
         await self._link().send(FrozenNow())
         self.part("CRIU told to freeze")
 
+    async def _dumped(self, dump: Dump) -> None:
+        """Wait for CRIU's dump, and send meanwhile what it has finished with."""
+        dumped = asyncio.ensure_future(dump.dumped())
+        try:
+            self._sent = await send_finished(self._link(), self.images, dumped, self.progress)
+            await dumped
+        finally:
+            if not dumped.done():
+                dumped.cancel()
+                await asyncio.wait((dumped,))
+
     async def _send_images(self) -> None:
         """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""
         stored = self.memory.images(self.images)
-        self._frozen_bytes = await send_images(self._link(), self.images, stored, self.progress)
+        self._sent = await send_images(self._link(), self.images, stored, self.progress, self._sent)
 
     async def _commit(self) -> HalfResult:
         """Say GO, wait for the destination's word, and clean up."""
@@ -360,7 +372,7 @@ class SourceHalf(Half):
             outcome,
             error,
             freeze_ms=round(self._freeze_ms, 3),
-            frozen_bytes=self._frozen_bytes + copied.last_bytes,
+            frozen_bytes=self._sent.bytes + copied.last_bytes,
             mode=self.memory.mode,
             rounds=tuple(copied.rounds),
             pre_copy_bytes=copied.pre_copy_bytes,

@@ -39,6 +39,7 @@ async def test_images_are_written_in_parts_and_read_back(space: ImageSpace) -> N
     space.write("pages-1.img", 0, b"abc")
     space.write("empty.img", 0, b"")
     assert space.sizes() == {"pages-1.img": 6, "empty.img": 0}
+    assert space.names() == {"pages-1.img", "empty.img"}
     assert space.read("pages-1.img", 0, 100) == b"abcdef"
     assert space.read("pages-1.img", 4, 1) == b"e"
     assert space.read("pages-1.img", 6, 10) == b""
@@ -50,6 +51,7 @@ async def test_the_first_image_is_kept_aside_while_readers_are_held(space: Image
     await space.create(SIZE)
     space.write(INVENTORY, 0, b"an older one")
     hold = space.hold()
+    assert space.names() == {INVENTORY}
     space.write(INVENTORY, 0, b"some content")
     assert space.sizes() == {INVENTORY: 12}
     hold.complete()

@@ -52,6 +52,10 @@ class FakeImageSpace:
         self._machine.files = None
         await self._life.done("no image space")
 
+    def names(self) -> set[str]:
+        """See ``ImageSpace``."""
+        return set(self._files())
+
     def sizes(self) -> dict[str, int]:
         """See ``ImageSpace``."""
         return {name: len(content) for name, content in self._files().items()}

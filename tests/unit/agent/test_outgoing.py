@@ -1,13 +1,119 @@
-"""Small images go in groups."""
+"""Images of connections go while others are written; small ones go in groups."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.agent.outgoing import batches
+from coordinator.agent.fakes.clock import run
+from coordinator.agent.fakes.images import FakeImageSpace
+from coordinator.agent.fakes.world import Life, World
+from coordinator.agent.messages import ChannelMessage, SmallImages
+from coordinator.agent.outgoing import SentImages, batches, send_finished, send_images
+from tests.unit.agent.stage import make_plan
 
 MOST = 100
+
+
+class Sink:
+    """Where images go: their contents by name, and how often each came."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.times: dict[str, int] = {}
+        self.messages = 0
+
+    async def send(self, message: ChannelMessage, payload: bytes = b"") -> None:
+        assert isinstance(message, SmallImages)
+        self.messages += 1
+        at = 0
+        for name, size in zip(message.names, message.sizes, strict=True):
+            self.files[name] = payload[at : at + size]
+            self.times[name] = self.times.get(name, 0) + 1
+            at += size
+        await asyncio.sleep(0)
+
+    async def receive(self) -> tuple[ChannelMessage, bytes]:
+        raise NotImplementedError
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> FakeImageSpace:
+    world = World(tmp_path, make_plan())
+    world.source.files = {}
+    return FakeImageSpace(Life(world, world.source))
+
+
+def name_of(number: int) -> str:
+    return f"tcp-stream-{number:x}.img"
+
+
+def dump_of(
+    images: FakeImageSpace, connections: int, a_second: int, sink: Sink
+) -> Callable[[], tuple[SentImages, SentImages]]:
+    """A dump with so many connections, so many of them a second, of which the last is never complete before its end."""
+
+    async def dumping() -> None:
+        images.write("files.img", 0, b"open until the end")
+        for number in range(connections):
+            images.write(name_of(number), 0, b"")
+            await asyncio.sleep(1 / a_second)
+            images.write(name_of(number), 0, b"%d" % number)
+        images.write("inventory.img", 0, b"last")
+
+    async def both() -> tuple[SentImages, SentImages]:
+        dumped = asyncio.ensure_future(dumping())
+        early = await send_finished(sink, images, dumped, lambda *_: None)
+        await dumped
+        return early, await send_images(sink, images, {}, lambda *_: None, early)
+
+    return lambda: run(both())
+
+
+def test_images_of_connections_are_sent_while_the_dump_goes_on(images: FakeImageSpace) -> None:
+    sink = Sink()
+    early, sent = dump_of(images, 5000, 10_000, sink)()
+    assert 4000 < len(early.sizes) < 5000
+    assert sent.sizes == images.sizes() == {name: len(content) for name, content in sink.files.items()}
+    assert all(sink.files[name_of(number)] == b"%d" % number for number in range(5000))
+    assert set(sink.times.values()) == {1}
+    assert sent.bytes == sum(map(len, sink.files.values()))
+
+
+def test_few_connections_go_at_the_end_in_one_message(images: FakeImageSpace) -> None:
+    sink = Sink()
+    early, _ = dump_of(images, 150, 1000, sink)()
+    assert not early.sizes
+    assert sink.messages == 1
+    assert sink.files.keys() == images.names()
+
+
+def test_an_image_that_was_larger_than_what_is_read_early_is_sent_whole(images: FakeImageSpace) -> None:
+    images.write(name_of(1), 0, b"x" * 10)
+    sink = Sink()
+    run(send_images(sink, images, {}, lambda *_: None, SentImages(5, {name_of(1): 5})))
+    assert sink.files == {name_of(1): b"x" * 10}
+
+
+def test_a_dump_that_fails_ends_the_sending(images: FakeImageSpace) -> None:
+    async def failing() -> None:
+        await asyncio.sleep(1)
+        raise ValueError("no dump")
+
+    async def both() -> None:
+        dumped = asyncio.ensure_future(failing())
+        await send_finished(Sink(), images, dumped, lambda *_: None)
+        await dumped
+
+    with pytest.raises(ValueError, match="no dump"):
+        run(both())
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, MOST)))

@@ -62,6 +62,9 @@ class Images:
     def hold(self) -> ImageHold:
         raise NotImplementedError
 
+    def names(self) -> set[str]:
+        return set(self.files)
+
     def sizes(self) -> dict[str, int]:
         return {name: len(content) for name, content in self.files.items()}
 
