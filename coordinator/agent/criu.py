@@ -74,11 +74,19 @@ class Checkpointer(Protocol):
     """Starts CRIU, through a runtime's command, held at our hooks."""
 
     async def dump(
-        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        *,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
+        at_freeze: Callable[[], None] | None = None,
     ) -> Dump:
         """Start a dump, ``lazy`` if it is to leave private memory to us; returns as soon as the command runs.
 
-        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all."""
+        ``hidden`` decides which pages CRIU is not to see, or says after the dump why it has seen them all.
+        ``at_freeze`` is called, where the kernel allows it, when all tasks are frozen and CRIU has touched nothing."""
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
@@ -145,7 +153,7 @@ class CriuDump(CriuRun):
         self._dumping.callback(watch.end)
         self._dumping.callback(self._scans.close)
         watch.begin()
-        self._scans.arm(self._running.pid)
+        self._scans.arm(self._running.pid, root_pid)
         self._hook.allow()
         self._hook.release(PRE_DUMP)
 
@@ -211,12 +219,19 @@ class HeldCriu:
         self._images = images
 
     async def dump(
-        self, command: Command, journal: Path, started: Started, *, lazy: bool, hidden: HiddenPages | None = None
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        *,
+        lazy: bool,
+        hidden: HiddenPages | None = None,
+        at_freeze: Callable[[], None] | None = None,
     ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images))
+        return CriuDump(running, hook, self._work, ScanFilter(hidden, self._images, at_freeze))
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool

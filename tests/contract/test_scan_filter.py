@@ -19,7 +19,7 @@ from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pagemap import PRESENT, WRITTEN
 from coordinator.agent.memory.ptrace import status_field
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, normalise
-from coordinator.agent.memory.scan_filter import ScanFilter, put_under_filter
+from coordinator.agent.memory.scan_filter import ScanFilter, put_under_filter, root_image
 from coordinator.agent.process import Command, start
 from tests.contract import scanner
 from tests.contract.memory_target import Target, names, until
@@ -47,7 +47,7 @@ def scanning(folder: Path, hidden: HiddenPages, *scans: Scan, repeats: int = 1) 
     """A scanner that waits in its folder until it is let go."""
     os.mkfifo(folder / "go")
     words = (" ".join(map(str, each)) for each in scans)
-    argv = (scanner.__file__, str(folder / hidden.root_image), str(repeats), *words)
+    argv = (scanner.__file__, str(folder / root_image(hidden.root_pid)), str(repeats), *words)
     return Command((sys.executable, *argv), {"PYTHONPATH": str(ROOT)})
 
 
@@ -59,7 +59,7 @@ async def under_filter(hidden: HiddenPages, folder: Path, *scans: Scan, repeats:
     """What a scanner under the filter finds."""
     running = await start(scanning(folder, hidden, *scans, repeats=repeats), folder / "found")
     answering = ScanFilter(hidden, folder)
-    answering.arm(running.pid)
+    answering.arm(running.pid, hidden.root_pid)
     await let_go(folder)
     assert await running.wait() == 0, (folder / "found").read_text()
     assert answering.wait(10), "the thread goes on without anybody who could ask"
@@ -150,7 +150,7 @@ from pathlib import Path
 from coordinator.agent.memory import scan_filter
 from coordinator.agent.memory.hidden_pages import HiddenPages
 scan_filter._answer_all = lambda *_: os._exit(7)
-scan_filter.ScanFilter(HiddenPages({root}), Path({str(folder)!r})).arm({command})
+scan_filter.ScanFilter(HiddenPages({root}), Path({str(folder)!r})).arm({command}, {root})
 print("armed", flush=True)
 time.sleep(60)
 """
@@ -168,7 +168,7 @@ async def test_a_kernel_that_refuses_is_told_and_everything_is_seen(target: Targ
     until(lambda: "scanner" in Path(f"/proc/{running.pid}/cmdline").read_text())
     other = put_under_filter(running.pid)
     answering = ScanFilter(hidden, tmp_path)
-    answering.arm(running.pid)
+    answering.arm(running.pid, hidden.root_pid)
     await let_go(tmp_path)
     assert await asyncio.to_thread(answering.wait, 10)
     os.close(other)
@@ -179,7 +179,7 @@ async def test_a_kernel_that_refuses_is_told_and_everything_is_seen(target: Targ
 
 async def test_who_never_comes_to_its_pages_is_not_waited_for(target: Target, tmp_path: Path) -> None:
     answering = ScanFilter(HiddenPages(target.pid), tmp_path)
-    answering.arm(target.pid)
+    answering.arm(target.pid, target.pid)
     assert not answering.wait(0.01)
     answering.close()
     answering.close()
@@ -189,16 +189,35 @@ async def test_who_never_comes_to_its_pages_is_not_waited_for(target: Target, tm
 async def test_others_that_open_the_image_are_let_in(target: Target, tmp_path: Path) -> None:
     hidden = HiddenPages(target.pid)
     answering = ScanFilter(hidden, tmp_path)
-    answering.arm(target.pid)
-    assert (tmp_path / hidden.root_image).read_bytes() == b""
+    answering.arm(target.pid, target.pid)
+    assert (tmp_path / root_image(hidden.root_pid)).read_bytes() == b""
     answering.close()
     assert answering.wait(10)
     assert status_field(os.getpid(), "Seccomp") == "0"
 
 
+@pytest.mark.parametrize("hide", [True, False])
+async def test_whoever_has_to_know_is_called_while_the_scanner_waits(
+    target: Target, tmp_path: Path, hide: bool
+) -> None:
+    begin, end = row(target)
+    hidden = HiddenPages(target.pid)
+    running = await start(scanning(tmp_path, hidden, (target.pid, begin, end, 4096)), tmp_path / "found")
+    found: list[str] = []
+    answering = ScanFilter(hidden if hide else None, tmp_path, lambda: found.append((tmp_path / "found").read_text()))
+    answering.arm(running.pid, target.pid)
+    await let_go(tmp_path)
+    assert await running.wait() == 0
+    assert await asyncio.to_thread(answering.wait, 10)
+    answering.close()
+    assert found == [""]
+    (seen,) = json.loads((tmp_path / "found").read_text())
+    assert spans(seen) == ([] if hide else spans(scanner.scan(target.pid, begin, end, 4096)))
+
+
 def test_nothing_hidden_nothing_done(target: Target, tmp_path: Path) -> None:
     answering = ScanFilter(None, tmp_path)
-    answering.arm(target.pid)
+    answering.arm(target.pid, target.pid)
     answering.close()
     assert not list(tmp_path.iterdir())
 

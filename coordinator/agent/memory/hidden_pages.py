@@ -19,7 +19,6 @@ from coordinator.agent.memory import base
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, spans_of, union
-from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
@@ -42,17 +41,12 @@ class HiddenPages:
         mappings: Callable[[int], list[base.Mapping]] = read_mappings,
     ) -> None:
         self.refusal = ""
-        self._root_pid = root_pid
+        self.root_pid = root_pid
         self._processes = processes
         self._mappings = mappings
         self._tasks: Collection[int] = ()
         self._may_hide: dict[int, Spans] = {}
         self._hidden: dict[int, Spans] = {}
-
-    @property
-    def root_image(self) -> str:
-        """Name of the image that has the page map of the root."""
-        return f"pagemap-{inner_pid(self._root_pid)}.img"
 
     @property
     def hidden(self) -> Mapping[int, Spans]:
@@ -64,7 +58,7 @@ class HiddenPages:
 
         The first question about a process reads its mappings (some milliseconds for a thousand of them)."""
         if pid not in self._may_hide:
-            self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
+            self._tasks = self._tasks or self._processes(self.root_pid)  # frozen: they stay the same
             if pid not in self._tasks:
                 return None
             self._may_hide[pid] = hideable(self._mappings(pid))

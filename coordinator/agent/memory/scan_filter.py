@@ -6,6 +6,9 @@ gets ours when it has done that, and before it looks at a page: it is held in th
 image of the root, the first task it dumps (criu/cr-dump.c, cr_dump_tasks; criu/page-xfer.c, open_page_local_xfer), and
 makes the call by injection, as a task makes its userfaultfd.
 
+In that moment all tasks are frozen, and CRIU has touched nothing of theirs: whoever has to know how things are then
+(``at_freeze``) is called first.
+
 From then on who stands in such a call waits for our answer. Every other call goes on as ever: the kernel decides once a
 call number, and only of ioctl(2) the arguments are looked at. If we are gone, the kernel answers ENOSYS: CRIU's dump
 fails and the tasks are thawed, which is right, for without us nobody sends the pages that it was not to see. What fails
@@ -33,6 +36,7 @@ from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
 from coordinator.agent.memory.scan_answer import ScanAnswerer
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.memory.userfault import ioctl_number, take_out
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import LivemoveError, TrackingFailed
@@ -135,24 +139,27 @@ class ScanFilter:
     """The filter of one dump, and the thread that answers. It ends with the last process under the filter, or soon
     after ``close``."""
 
-    def __init__(self, hidden: HiddenPages | None, images: Path) -> None:
-        """``images``: where CRIU will write them. With nothing that could be hidden nothing is done at all."""
+    def __init__(self, hidden: HiddenPages | None, images: Path, at_freeze: Callable[[], None] | None = None) -> None:
+        """``images``: where CRIU will write them. With nothing that could be hidden, and nobody to be called, nothing
+        is done at all. ``at_freeze`` is called in a thread, or not at all; it raises nothing."""
         self._hidden = hidden
         self._images = images
+        self._at_freeze = at_freeze
         self._open: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
-    def arm(self, command: int) -> None:
-        """Wait, in a thread, for CRIU to come to its pages: a descendant of the process ``command``, or itself."""
-        if self._hidden is None:
+    def arm(self, command: int, root_pid: int) -> None:
+        """Wait, in a thread, for CRIU to come to the pages of the first task, ``root_pid``: it is a descendant of the
+        process ``command``, or itself."""
+        if self._hidden is None and self._at_freeze is None:
             return
         try:
-            held = HeldOpen(self._images / self._hidden.root_image)
+            held = HeldOpen(self._images / root_image(root_pid))
         except OSError as error:
-            self._hidden.refusal = str(error)
+            self._refuse(str(error))
             return
         self._open, until = socket.socketpair()
-        arguments = (self._hidden, held, command, until)
+        arguments = (held, command, until)
         self._thread = threading.Thread(target=self._run, args=arguments, name="scan-filter", daemon=True)
         self._thread.start()
 
@@ -167,22 +174,39 @@ class ScanFilter:
             self._thread.join(deadline_s)
         return self._thread is None or not self._thread.is_alive()
 
-    def _run(self, hidden: HiddenPages, held: HeldOpen, command: int, until: socket.socket) -> None:
+    def _run(self, held: HeldOpen, command: int, until: socket.socket) -> None:
         with until, closing(held):
             criu = held.wait(until.fileno(), lambda pid: pid in process_tree(command))
             if criu is None:
-                hidden.refusal = "CRIU did not come to the page map of the root"
+                self._refuse("CRIU did not come to the page map of the root")
                 return
-            try:
-                listener = put_under_filter(criu, held.let_in)
-            except (OSError, LivemoveError) as error:
-                hidden.refusal = str(error)
-                return
-            try:
-                with closing(ScanAnswerer(hidden)) as answerer:
-                    _answer_all(listener, until.fileno(), answerer)
-            finally:  # whatever ends this, nobody may wait for an answer any more
-                os.close(listener)
+            if self._at_freeze is not None:
+                self._at_freeze()
+            if self._hidden is None:
+                held.let_in()  # closing takes longer
+            else:
+                self._answer(self._hidden, criu, held, until)
+
+    def _answer(self, hidden: HiddenPages, criu: int, held: HeldOpen, until: socket.socket) -> None:
+        try:
+            listener = put_under_filter(criu, held.let_in)
+        except (OSError, LivemoveError) as error:
+            hidden.refusal = str(error)
+            return
+        try:
+            with closing(ScanAnswerer(hidden)) as answerer:
+                _answer_all(listener, until.fileno(), answerer)
+        finally:  # whatever ends this, nobody may wait for an answer any more
+            os.close(listener)
+
+    def _refuse(self, why: str) -> None:
+        if self._hidden is not None:
+            self._hidden.refusal = why
+
+
+def root_image(root_pid: int) -> str:
+    """Name of the image that has the page map of the first task."""
+    return f"pagemap-{inner_pid(root_pid)}.img"
 
 
 def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
