@@ -48,6 +48,7 @@ SERVICE_FILES = (
     "pattern.py",
     "pattern_server.py",
     "puppet.py",
+    "segment_server.py",
 )
 
 

@@ -82,11 +82,13 @@ class Checkpointer(Protocol):
         root_pid: int,
         lazy: bool,
         hidden: HiddenPages | None = None,
+        at_freeze: Callable[[], None] | None = None,
     ) -> Dump:
         """Start a dump of the tasks of which ``root_pid`` is the first; returns as soon as the command runs.
 
         ``lazy``: private memory is left to us. ``hidden`` decides which pages CRIU is not to see, or says after the
-        dump why it has seen them all."""
+        dump why it has seen them all. ``at_freeze`` is called, where the kernel allows it, when all tasks are frozen
+        and CRIU has touched nothing."""
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
@@ -229,11 +231,12 @@ class HeldCriu:
         root_pid: int,
         lazy: bool,
         hidden: HiddenPages | None = None,
+        at_freeze: Callable[[], None] | None = None,
     ) -> Dump:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, root_pid, CriuFilter(root_pid, hidden, self._images))
+        return CriuDump(running, hook, self._work, root_pid, CriuFilter(root_pid, hidden, self._images, at_freeze))
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool

@@ -13,6 +13,9 @@ That is the page map, which comes directly before the first page (criu/page-xfer
 epolls' sake, that of its ids, which comes directly before its files. (An image is opened when something is written to
 it: criu/image.c, open_image_at.)
 
+In that moment all tasks are frozen, and CRIU has touched nothing of theirs: whoever has to know how things are then
+(``at_freeze``) is called first.
+
 From then on who asks us waits for our answer. Every other call goes on as ever: the kernel decides once a call number,
 and only of two of them the arguments are looked at. If we are gone, the kernel answers a scan with ENOSYS: CRIU's dump
 fails and the tasks are thawed, which is right, for without us nobody sends the pages that it was not to see. What fails
@@ -149,12 +152,20 @@ class CriuFilter:
     """The filter of one dump, and the thread that arms it and answers. The thread ends with the last process under the
     filter, or soon after ``close``."""
 
-    def __init__(self, root_pid: int, hidden: HiddenPages | None, images: Path) -> None:
-        """``images``: where CRIU will write them; ``hidden``: ``None`` if it is to see every page."""
+    def __init__(
+        self,
+        root_pid: int,
+        hidden: HiddenPages | None,
+        images: Path,
+        at_freeze: Callable[[], None] | None = None,
+    ) -> None:
+        """``images``: where CRIU will write them; ``hidden``: ``None`` if it is to see every page. ``at_freeze`` is
+        called in a thread, or not at all; it raises nothing."""
         self._hidden = hidden
         self._epolls: Epolls | None = None
         self._root_pid = root_pid
         self._images = images
+        self._at_freeze = at_freeze
         self._open: socket.socket | None = None
         self._thread: threading.Thread | None = None
 
@@ -166,8 +177,8 @@ class CriuFilter:
     def arm(self, command: int) -> None:
         """Wait, in a thread, for CRIU to come to the root: a descendant of the process ``command``, or itself.
 
-        With nothing to hide and no epolls to answer for nothing is done at all."""
-        if self._hidden is None and self._epolls is None:
+        With nothing to hide, no epolls to answer for and nobody to be called nothing is done at all."""
+        if self._hidden is None and self._epolls is None and self._at_freeze is None:
             return
         kind = "pagemap" if self._epolls is None else "ids"
         try:
@@ -197,9 +208,12 @@ class CriuFilter:
             if criu is None:
                 self._refused("CRIU did not come to the images of the root")
                 return
+            if self._at_freeze is not None:
+                self._at_freeze()
             try:
                 settled = self._epolls is not None and self._epolls.as_numbered()
                 if hidden is None and not settled:
+                    held.let_in()  # closing takes longer
                     return
                 program = filter_program(os.uname().machine, scans=hidden is not None, epolls=settled)
                 listener = put_under_filter(criu, program, held.let_in)

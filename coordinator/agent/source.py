@@ -182,9 +182,14 @@ class SourceHalf(Half):
         lazy = self.memory.lazy
         command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("dump", durable=False)
-        started, hidden = self.record_criu("dump"), self.memory.hidden
         self._dump = await self.criu.dump(
-            command, self.journal.path, started, root_pid=self._root_pid, lazy=lazy, hidden=hidden
+            command,
+            self.journal.path,
+            self.record_criu("dump"),
+            root_pid=self._root_pid,
+            lazy=lazy,
+            hidden=self.memory.hidden,
+            at_freeze=self.memory.at_freeze,
         )
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.

@@ -20,18 +20,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PAGE_BYTES = mmap.PAGESIZE
-MAYMOVE, FIXED, MADV_DONTNEED = 1, 2, 4
+MAYMOVE, FIXED, MADV_DONTNEED, MADV_DONTFORK = 1, 2, 4, 10
+IPC_PRIVATE, SHM_RDONLY = 0, 0o10000
 _SERIALS_OF_ONE_PROCESS = 1 << 40
 _HEADER = struct.Struct("=QQ")
 #: Where a process tells of the pages that it found to be wrong.
 NOTES = Path("/tmp/wrong-pages")
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.restype = _libc.mremap.restype = _libc.shmat.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.shmget.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.c_int)
+_libc.shmat.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_libc.shmdt.argtypes = (ctypes.c_void_p,)
 _FAILED = ctypes.c_void_p(-1).value
 
 #: What a page holds that was never written: zeroes, or its part of a file.
@@ -165,6 +169,25 @@ class MemoryFile(Region):
             if (found := os.pread(self.descriptor, PAGE_BYTES, page * PAGE_BYTES)) != self.read(page):
                 self.wrong += 1
                 self._note(page, "another by its descriptor", found)
+
+
+class Segment(Region):
+    """A System V segment, to be attached before it is used. Its address may be that of any of its attachments, which a
+    child does not inherit."""
+
+    def __init__(self, name: int, pages: int) -> None:
+        super().__init__(name, 0, pages)
+        self._id = int(_libc.shmget(IPC_PRIVATE, pages * PAGE_BYTES, 0o600))
+
+    def attach(self, *, read_only: bool = False) -> int:
+        """The address of one more attachment."""
+        address = _succeeded(_libc.shmat(self._id, None, SHM_RDONLY if read_only else 0))
+        _libc.madvise(address, self.pages * PAGE_BYTES, MADV_DONTFORK)
+        return address
+
+    def detach(self) -> None:
+        """Give up the attachment whose address it has."""
+        _libc.shmdt(self.address)
 
 
 def of_file(name: int, most_pages: int) -> Region:

@@ -81,8 +81,8 @@ class Memory:
 class Family:
     """The memory of all processes, for `PatternServer` to carry. The workers start with the first write."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._memory = Memory(size_bytes // PAGE_BYTES)
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
         self._workers: list[socket.socket] = []
         self._mayfly = 0
         self._wrong = 0
@@ -190,7 +190,8 @@ def work(memory: Memory, sock: socket.socket, pages: int) -> None:
 
 def main() -> None:
     options = pattern_server.arguments().parse_args()
-    pattern_server.serve(options, lambda: Family(options.memory_mb * pattern_server.MEGABYTE))
+    pages = options.memory_mb * pattern_server.MEGABYTE // PAGE_BYTES
+    pattern_server.serve(options, lambda: Family(Memory(pages)))
 
 
 if __name__ == "__main__":

@@ -200,6 +200,25 @@ async def test_others_that_open_the_image_are_let_in(target: Target, tmp_path: P
     assert status_field(os.getpid(), "Seccomp") == "0"
 
 
+@pytest.mark.parametrize("hide", [True, False])
+async def test_whoever_has_to_know_is_called_while_the_scanner_waits(
+    target: Target, tmp_path: Path, hide: bool
+) -> None:
+    begin, end = row(target)
+    hidden = HiddenPages(target.pid) if hide else None
+    running = await start(scanning(tmp_path, target, (target.pid, begin, end, 4096)), tmp_path / "found")
+    found: list[str] = []
+    answering = CriuFilter(target.pid, hidden, tmp_path, lambda: found.append((tmp_path / "found").read_text()))
+    answering.arm(running.pid)
+    await let_go(tmp_path)
+    assert await running.wait() == 0
+    assert await asyncio.to_thread(answering.wait, 10)
+    answering.close()
+    assert found == [""]
+    (seen,) = json.loads((tmp_path / "found").read_text())
+    assert spans(seen) == ([] if hide else spans(scanner.scan(target.pid, begin, end, 4096)))
+
+
 def test_nothing_hidden_nothing_done(target: Target, tmp_path: Path) -> None:
     answering = CriuFilter(target.pid, None, tmp_path)
     answering.arm(target.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from signal import SIGKILL
@@ -11,6 +12,7 @@ import pytest
 from labs import workloads
 from labs.lab import Lab
 from labs.machines import Host
+from labs.programs.segment_server import VISIT_EVERY_S
 from labs.workloads import listening_pids
 from tests.integration.command import Livemove, Said, livemove, migrate
 from tests.integration.faults import (
@@ -26,7 +28,7 @@ from tests.integration.faults import (
 )
 from tests.integration.scene import Scene, left_over
 
-ALL_KINDS = "memory_server"
+ALL_KINDS, SEGMENTS = "memory_server", "segment_server"
 MODES = ("pre-copy", "post-copy", "hybrid", "stop-copy")
 MEBIBYTE = 1 << 20
 
@@ -80,6 +82,24 @@ def test_memory_of_every_kind_in_every_mode(lab: Lab, name: str) -> None:
             said = move(scene, to, "--mode", mode)
             assert said.report["mode"] == mode
             assert (said.report["rounds"] != []) == (mode in ("pre-copy", "hybrid"))
+
+
+def test_a_system_v_segment_is_sent_before_the_freeze(lab: Lab) -> None:
+    """If nobody comes while it is copied; and not what was there before a visit, if somebody does."""
+    with scene_of(lab, "counter", 64, 1, SEGMENTS) as scene:
+        until(lambda: time.time() - last_visit(scene) > 4, "a while without a visit")
+        sent = move(scene, "beta").report["bytes"]
+        assert sent["frozen"] < 60 * MEBIBYTE < sent["pre_copy"]  # the segment has as many
+        until(lambda: time.time() - last_visit(scene) > VISIT_EVERY_S - 1, "the time of a visit", VISIT_EVERY_S * 2)
+        move(scene, "alpha")
+
+
+def last_visit(scene: Scene) -> int:
+    """When the segment was last attached or detached, in seconds of the clock: proc(5), /proc/sysvipc/shm."""
+    host = scene.lab.host(workloads.where(scene.lab, scene.workload)[0])
+    pid = str(min(map(int, listening_pids(host, scene.workload))))  # a child that has just been born has it too
+    _, row = host.run(["nsenter", "--ipc", "--target", pid, "cat", "/proc/sysvipc/shm"]).stdout.splitlines()
+    return max(map(int, row.split()[11:13]))
 
 
 def test_not_much_more_is_sent_than_there_is(lab: Lab) -> None:

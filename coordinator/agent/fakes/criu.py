@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ class FakeCriuRun:
         self.reached[action].set()
         await self._unlocked[action].wait()
 
-    async def dump(self, *, lazy: bool, hidden: HiddenPages | None) -> int:
+    async def dump(self, *, lazy: bool, hidden: HiddenPages | None, at_freeze: Callable[[], None] | None) -> int:
         """A dump, with its exit status. A lazy one leaves private pages out, and never ends well: its hook has killed
         the tasks, or refused to serve their pages. (What is hidden it would have left out, and is missing after a
         restore all the same.)"""
@@ -73,6 +73,8 @@ class FakeCriuRun:
             return 1
         self.world.set_copy(machine, "frozen")
         await asyncio.sleep(0)
+        if at_freeze is not None:
+            at_freeze()
         if hidden is not None and machine.refusal:
             hidden.refusal = machine.refusal
         elif hidden is not None:
@@ -254,11 +256,12 @@ class FakeCheckpointer:
         root_pid: int,
         lazy: bool,
         hidden: HiddenPages | None = None,
+        at_freeze: Callable[[], None] | None = None,
     ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
-        handle = FakeDump(self._life, run, run.begin(run.dump(lazy=lazy, hidden=hidden)), DumpFailed("CRIU fails"))
-        return await self._told(handle, started)
+        dumping = run.begin(run.dump(lazy=lazy, hidden=hidden, at_freeze=at_freeze))
+        return await self._told(FakeDump(self._life, run, dumping, DumpFailed("CRIU fails")), started)
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool

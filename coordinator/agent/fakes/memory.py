@@ -71,6 +71,10 @@ class FakeTrackers:
         gone, self._gone = tuple(self._gone), []
         return gone
 
+    @property
+    def at_freeze(self) -> None:
+        """See ``Trackers``."""
+
     def close(self) -> None:
         """See ``Trackers``."""
         try:

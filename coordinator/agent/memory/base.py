@@ -80,6 +80,11 @@ class Mapping:
         """Names the object under a shared mapping (device, inode), equal in every process that maps it; else None."""
         return (self.device, self.inode) if self.shared else None
 
+    @property
+    def segment(self) -> int | None:
+        """The id of the System V segment that is mapped, which is its inode (ipc/shm.c, newseg); else None."""
+        return self.inode if self.shared and self.name.startswith("/SYSV") else None
+
 
 @dataclass(frozen=True, slots=True)
 class Changes:
@@ -108,13 +113,17 @@ class Tracker(Protocol):
         """The tracked process, as numbered in our pid namespace."""
         ...
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
+    def collect(
+        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
+    ) -> Changes:
         """First call: every page that holds something. Later calls: those that changed since the call before.
 
         Each change is in this answer or in the next one, never in none: a page is armed again in the instant it is
         read as changed, and its content is to be read after the answer. With the process frozen throughout, an
         answer is exact. ``last``: it is frozen and is not asked again, so nothing is armed. ``others_wrote``:
-        a process that cannot be asked any more may have written to shared memory, all of which is dirty then.
+        a process that cannot be asked any more may have written to shared memory, all of which is dirty then, but for
+        System V segments. These are dirty unless their ids are in ``segments``: nobody who is not asked can have
+        written to those.
 
         Raises ``TargetGone`` if the process ended, ``TrackingFailed`` if it can be tracked no longer."""
         ...
@@ -136,3 +145,5 @@ class ProcessChanges:
     fresh: bool  # everything it holds is in this answer: forget all that was kept for this pid before
     changes: Changes
     untracked: str | None = None  # why it cannot be tracked, so that every answer about it is ``fresh``
+    #: The System V segments (ids) whose writes all processes together tell; equal in all answers of a look.
+    segments: frozenset[int] = frozenset()

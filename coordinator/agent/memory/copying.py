@@ -1,8 +1,8 @@
 """The source's side of memory: pre-copy rounds while the service runs, the last pages while it is frozen, and, in
 post-copy, pages on demand from the frozen tasks until the destination has them all.
 
-Sent are the pages that CRIU leaves to a filler, private anonymous memory, and anonymous shared memory (see
-``shared.py``). CRIU's images have the rest.
+Sent are the pages that CRIU leaves to a filler, private anonymous memory, and shared memory that has no descriptors
+(see ``shared.py``). CRIU's images have the rest.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Trackers(Protocol):
 
     def take_gone(self) -> tuple[int, ...]:
         """Inner pids of processes that have gone since the last call."""
+
+    @property
+    def at_freeze(self) -> Callable[[], None] | None:
+        """To be called when all tasks are frozen and CRIU has not attached any segment; ``None``: need not be."""
 
     def close(self) -> None:
         """Remove every trace from the processes."""
@@ -118,6 +122,12 @@ class MemorySource:
     def fetched_later(self) -> bool:
         """Whether the destination still needs the frozen tasks after it has resumed."""
         return self.mode in ("post-copy", "hybrid")
+
+    @property
+    def at_freeze(self) -> Callable[[], None] | None:
+        """To be called, in any thread, when all tasks are frozen and CRIU has looked at nothing of theirs; ``None``:
+        need not be. Else the last look finds more to be changed than is."""
+        return self._trackers.at_freeze if self._trackers is not None else None
 
     async def copy(self, root_pid: int, link: Channel, progress: Progress) -> None:
         """Send rounds until a freeze now would be short, or until that gets no nearer.

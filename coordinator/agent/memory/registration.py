@@ -53,6 +53,12 @@ class Registration:
         self.registered = intersection(self.registered, spans_of(memory))
         self.read_only = []
 
+    def keep_last(self, pagemap: Pagemap, memory: list[Mapping]) -> None:
+        """As ``keep``, for a process that is frozen: what is read-only is asked for once more, and nothing is new."""
+        self.keep(memory)
+        self._refused &= frozenset(memory)
+        self.read_only = self._never_writable(pagemap)
+
     def extend(self, pagemap: Pagemap, mappings: list[Mapping], memory: list[Mapping]) -> None:
         """Register ``memory``, which is a part of all ``mappings``, both by address.
 

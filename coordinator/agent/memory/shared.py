@@ -1,12 +1,13 @@
-"""Shared memory in the rounds: anonymous shared mappings (MAP_SHARED | MAP_ANONYMOUS), as databases use them.
+"""Shared memory in the rounds: anonymous shared mappings (MAP_SHARED | MAP_ANONYMOUS) and System V segments.
 
 CRIU has no lazy way for shared memory: it writes every segment into its images while the tasks are frozen, and reads
 it back before they run. What can be kept out of the freeze is the sending, which costs most: a segment's pages go over
 in the rounds, and of its pages image only those are sent that were written since. The destination puts the rest
 together from its store.
 
-Only memory that never has a descriptor is treated so: nobody but the mapped tasks can write to it, and CRIU names its
-images by its inode (criu/shmem.c). memfd, SysV segments and files of /dev/shm are sent with the images
+Only memory that never has a descriptor is treated so: nobody but who has mapped it can write to it, and CRIU names its
+images by its inode (criu/shmem.c), which of a segment is its id. Of a segment it has to be known that all who have
+mapped it are asked (``segments``). memfd and files of /dev/shm are sent with the images
 (docs/decisions/0014-shared-memory.md).
 """
 
@@ -140,28 +141,31 @@ class SharedMemory:
         """What a process has lost may be there for others, and changed: what we know of it is out of date.
 
         That is each page it has dropped, and all of an object it has unmapped: what it wrote before, only its page
-        table knew. (A process that is gone had its writes told by the others, see ``tree``.)"""
+        table knew. (A process that is gone had its writes told by the others, see ``tree``.) A segment that others may
+        write to is lost, too."""
         for mapping, runs in _shared(each, dropped=True):
             for run in runs:
                 _mark(self._sent[self._number(mapping)], _first(mapping, run), run.pages, 0)
-        mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping)}
+        mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping, each)}
         for mapping in self._mapped.get((each.pid, each.started), set()) - mapped:
             self._sent[self._number(mapping)] = bytearray()
         self._mapped[each.pid, each.started] = mapped
 
 
 def _shared(each: ProcessChanges, *, dropped: bool = False) -> Iterator[tuple[Mapping, tuple[PageRun, ...]]]:
-    """The anonymous shared mappings with changed runs; a run never crosses the end of a mapping."""
+    """The mappings with changed runs that are kept; a run never crosses the end of a mapping."""
     mappings = each.changes.mappings
     starts = [mapping.start for mapping in mappings]
     runs = each.changes.dropped if dropped else each.changes.dirty
     for at, group in groupby(runs, lambda run: bisect.bisect_right(starts, run.start) - 1):
-        if at >= 0 and _is_kept(mappings[at]):
+        if at >= 0 and _is_kept(mappings[at], each):
             inside = (run for run in group if run.start < mappings[at].end)
             yield mappings[at], tuple(inside)
 
 
-def _is_kept(mapping: Mapping) -> bool:
+def _is_kept(mapping: Mapping, each: ProcessChanges) -> bool:
+    if mapping.segment is not None:
+        return mapping.segment in each.segments
     return mapping.shared and mapping.name == _ANONYMOUS_SHARED and not mapping.hugetlb
 
 

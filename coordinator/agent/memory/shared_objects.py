@@ -6,7 +6,8 @@ or fallocate(2) on a memfd or a file of /dev/shm touches no mapping. So the obje
 
 The times change with every write, also with one through a mapping (mm/memory.c, fault_dirty_shared_page). So once they
 changed, an object that can have a descriptor is dirty as a whole. Memory that never has one, which is that of
-MAP_SHARED | MAP_ANONYMOUS and of System V, is changed through mappings only, and told page for page.
+MAP_SHARED | MAP_ANONYMOUS and of System V, is changed through mappings only, and told page for page as long as all who
+have mapped it are asked.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def look_at(pid: int, mapping: Mapping) -> ObjectState | None:
 
 def _only_mapped(mapping: Mapping) -> bool:
     """Names of mm/shmem.c, shmem_zero_setup, and ipc/shm.c, newseg."""
-    return mapping.name == "/dev/zero (deleted)" or mapping.name.startswith("/SYSV")
+    return mapping.name == "/dev/zero (deleted)" or mapping.segment is not None
 
 
 def _extents(descriptor: int, position: int, end: int) -> Spans:

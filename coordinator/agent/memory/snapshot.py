@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,6 +24,9 @@ from coordinator.agent.memory.shared_objects import ObjectState, look_at
 from coordinator.agent.memory.userfault import MemoryReplaced
 
 _TRIES = 3
+
+#: Whether all that can have written to a shared mapping since it was looked at is asked.
+Told = Callable[[Mapping], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ def scan_held(
     pagemap: Pagemap,
     mappings: list[Mapping],
     before: dict[tuple[int, int], ObjectState],
+    told: Told,
 ) -> Held:
     """Look at every page of the mappings (which ``trackable`` chose, by address).
 
@@ -61,7 +65,7 @@ def scan_held(
     own, of_file, swapped = _look_at_files(pagemap, others)
     private = spans_of(each for each in others if not each.shared)
     shared = spans_of(each for each in others if each.shared)
-    data, changed, objects = look_at_objects(pid, others, before)
+    data, changed, objects = look_at_objects(pid, others, before, told)
     mapped = intersection(union(own, of_file), shared)
     return Held(
         pages=union(
@@ -123,7 +127,7 @@ def _scan(pagemap: Pagemap, mappings: list[Mapping], *, present: int = 0, absent
 
 
 def look_at_objects(
-    pid: int, mappings: list[Mapping], before: dict[tuple[int, int], ObjectState]
+    pid: int, mappings: list[Mapping], before: dict[tuple[int, int], ObjectState], told: Told
 ) -> tuple[Spans, Spans, dict[tuple[int, int], ObjectState]]:
     """Data and changed pages of the shared mappings without a file system below, and their states."""
     data: Spans = []
@@ -137,7 +141,7 @@ def look_at_objects(
         if state is not None:
             objects[key] = state
             data.extend(state.data)
-        if state is None or not state.same_as(before.get(key)):
+        if state is None or not told(mapping) or not state.same_as(before.get(key)):
             changed.append(key)
     return normalise(data), normalise(changed), objects
 
@@ -149,6 +153,6 @@ def scan_all(pid: int) -> Changes:
         if not mappings:
             break
         with Pagemap(pid) as pagemap, suppress(MemoryReplaced):  # by exec, while we looked
-            held = scan_held(pid, pagemap, trackable(mappings), {})
+            held = scan_held(pid, pagemap, trackable(mappings), {}, told=lambda _: False)
             return Changes(to_runs(held.pages, mappings), (), tuple(mappings), count_pages(held.pages))
     raise TargetGone(f"process {pid} is gone")

@@ -126,7 +126,9 @@ class SoftDirtyTracker:
     def close(self) -> None:
         """See ``Tracker``: there is nothing to remove."""
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
+    def collect(
+        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
+    ) -> Changes:
         """See ``Tracker``. Shared memory is dirty in every answer, whoever wrote."""
         mappings = read_mappings(self._pid)
         if not mappings:
@@ -136,7 +138,8 @@ class SoftDirtyTracker:
         wanted = self._populated(private)
         entries = self._read(wanted) if last else with_process_stopped(self._pid, lambda: self._read_and_clear(wanted))
         parsed = [parse_entries(data, start) for start, data in entries]
-        data, _, _ = look_at_objects(self._pid, [each for each in memory if each.shared], {})
+        shared = [each for each in memory if each.shared]
+        data, _, _ = look_at_objects(self._pid, shared, {}, told=lambda _: False)
         held = union(*(each.held for each in parsed), data)
         lazy = spans_of(each for each in mappings if each.lazy)
         new = union(difference(held, self._known), intersection(held, difference(lazy, self._lazy)))

@@ -8,7 +8,8 @@ A process that goes takes along what its page table told of its writes to shared
 between two answers is never seen. So whenever one may have gone, all shared memory is dirty for the others. That
 shows in a member that is gone, in a zombie, and in the faults of reaped children (proc(5), cminflt and cmajflt: no
 child runs without a fault). Of a process that ignores SIGCHLD nothing shows (wait(2)): it is taken for granted. Not
-covered: children of a process that has set SA_NOCLDWAIT, which nothing in /proc tells.
+covered: children of a process that has set SA_NOCLDWAIT, which nothing in /proc tells. Of System V segments the kernel
+itself keeps account (``segments``).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 from coordinator.agent.memory.base import ProcessChanges, Tracker
 from coordinator.agent.memory.ptrace import TargetGone, status_field
+from coordinator.agent.memory.segments import Segments
 from coordinator.agent.memory.snapshot import scan_all
 from coordinator.agent.process import start_time, stat_fields
 from coordinator.agent.tasks import process_tree
@@ -57,13 +60,15 @@ class _Member:
 class TreeTracker:
     """All processes of the tree below ``root_pid``. Used by one thread at a time; every call blocks."""
 
-    def __init__(self, root_pid: int, make_tracker: MakeTracker) -> None:
-        """Begin to track the processes there are; each is stopped for some hundred microseconds.
+    def __init__(self, root_pid: int, make_tracker: MakeTracker, segments: Segments | None = None) -> None:
+        """Begin to track the processes there are; each is stopped for some hundred microseconds. ``segments`` are those
+        of their IPC namespace, and end with this; without, every System V segment is dirty as a whole in every answer.
 
         Raises ``TrackingFailed`` if one of them cannot be tracked, having left all of them as found, and ``TargetGone``
         if the root is gone."""
         self._root = root_pid
         self._make = make_tracker
+        self._segments = segments or Segments(None)
         self._members: dict[int, _Member] = {}
         self._gone: list[int] = []
         self._zombies: set[int] = set()
@@ -87,6 +92,7 @@ class TreeTracker:
         that are gone are named by ``take_gone``. Raises ``TargetGone`` if the root is gone."""
         if start_time(self._root) != self._root_started:
             raise TargetGone(f"process {self._root}, the root of the workload, is gone")
+        untouched = self._segments.untouched()
         self._meet()
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
@@ -94,10 +100,13 @@ class TreeTracker:
             try:
                 if member.tracker is None and not last:
                     self._try_attach(member)
-                answers[member.pid] = self._ask(member, last, others_wrote)
+                answers[member.pid] = self._ask(member, last, others_wrote, untouched)
             except TargetGone:
                 self._forget(member)
-        return answers
+        self._segments.take(answers.values())
+        # After the last look nobody asks again: what it names is sent, or in the images, whoever comes then.
+        known = untouched if last else self._segments.closed
+        return {pid: replace(answer, segments=known) for pid, answer in answers.items()}
 
     def take_gone(self) -> tuple[int, ...]:
         """Inner pids of the processes that have gone since the last call: forget their pages.
@@ -112,6 +121,12 @@ class TreeTracker:
         for member in self._members.values():
             member.close()
         self._members.clear()
+        self._segments.close()
+
+    @property
+    def at_freeze(self) -> Callable[[], None] | None:
+        """To be called when all tasks are frozen and CRIU has not attached any segment; ``None``: need not be."""
+        return self._segments.at_freeze if self._segments.closed else None
 
     def _meet(self) -> None:
         """Bring the members up to date with /proc."""
@@ -175,12 +190,12 @@ class TreeTracker:
                 raise TargetGone(f"process {member.pid} is gone") from error
             member.untracked = error.message
 
-    def _ask(self, member: _Member, last: bool, others_wrote: bool) -> ProcessChanges:
+    def _ask(self, member: _Member, last: bool, others_wrote: bool, untouched: frozenset[int]) -> ProcessChanges:
         fresh = member.tracker is None or not member.answered
         if member.tracker is None:
             changes = scan_all(member.pid)
         else:
-            changes = member.tracker.collect(last=last, others_wrote=others_wrote)
+            changes = member.tracker.collect(last=last, others_wrote=others_wrote, segments=untouched)
         if start_time(member.pid) != member.started:
             raise TargetGone(f"process {member.pid} is gone")
         member.answered = member.tracker is not None

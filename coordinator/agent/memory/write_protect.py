@@ -19,7 +19,7 @@ Why no change is lost, for a page in a mapping that
 - *belongs to a userfaultfd of the target's own*: always dirty, and its marks are left alone.
 - *becomes one that CRIU leaves to its daemon* (munlock): dirty as a whole, for an asker may keep only such pages.
 - *is shared*: see ``shared_objects``. Every process that maps an object marks for itself: unite the answers of all. Of
-  those that have gone, ``tree`` tells (``others_wrote``).
+  those that have gone, ``tree`` tells (``others_wrote``, ``segments``).
 
 The kernel's WP_UNPOPULATED feature has to be on for scanning, but private pages that are not there are never marked: so
 no page tables are filled for the large reservations of Go, Java or sanitizers. A page of a shared object that is there
@@ -48,7 +48,7 @@ from coordinator.agent.memory.runs import (
     union,
 )
 from coordinator.agent.memory.shared_objects import ObjectState
-from coordinator.agent.memory.snapshot import Held, scan_exposed, scan_held, trackable
+from coordinator.agent.memory.snapshot import Held, Told, scan_exposed, scan_held, trackable
 from coordinator.agent.memory.userfault import MemoryReplaced, mark, take_userfaultfd
 
 _REATTACHMENTS = 3
@@ -77,13 +77,17 @@ class WriteProtectTracker:
             os.close(self._userfaultfd)
             self._userfaultfd = -1
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
+    def collect(
+        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
+    ) -> Changes:
         """See ``Tracker``."""
-        if others_wrote:
-            self._objects = {}
+
+        def told(mapping: Mapping) -> bool:
+            return not others_wrote if mapping.segment is None else mapping.segment in segments
+
         for _ in range(_REATTACHMENTS):
             try:
-                return self._collect(last)
+                return self._collect(last, told)
             except MemoryReplaced:
                 self._attach_again()
         raise TargetGone(f"process {self._pid} keeps executing other programs")
@@ -95,7 +99,7 @@ class WriteProtectTracker:
         self._userfaultfd = fresh
         self._registration, self._objects = Registration(self._pid, fresh), {}
 
-    def _collect(self, last: bool) -> Changes:
+    def _collect(self, last: bool, told: Told) -> Changes:
         mappings = read_mappings(self._pid)
         if not mappings:
             raise TargetGone(f"process {self._pid} is gone")
@@ -103,11 +107,11 @@ class WriteProtectTracker:
         with Pagemap(self._pid) as pagemap:
             added = False
             if last:  # what is new is dirty as a whole, and nothing is to be tracked any more
-                self._registration.keep(memory)
+                self._registration.keep_last(pagemap, memory)
             else:
                 added = self._register_new(pagemap, mappings, memory)
             written = self._take_written(pagemap, protect=not last)
-            held = scan_held(self._pid, pagemap, memory, self._objects)
+            held = scan_held(self._pid, pagemap, memory, self._objects, told)
         if not last:
             for start, end in intersection(held.unmapped, self._registration.registered):
                 mark(self._userfaultfd, start, end)

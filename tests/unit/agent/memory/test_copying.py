@@ -73,6 +73,8 @@ class Script:
     def take_gone(self) -> tuple[int, ...]:
         return next(self._gone, ())
 
+    at_freeze = None
+
     def close(self) -> None:
         self.closed += 1
 

@@ -127,6 +127,33 @@ def test_what_is_not_anonymous_shared_memory_is_left_to_the_images() -> None:
     assert list(SharedMemory().round([other])) == []
 
 
+def with_segment(dirty: set[int], *, known: bool) -> ProcessChanges:
+    """The object is a segment; whether the processes tell all that is written to it."""
+    each = changes(10, dirty, set())
+    private, mapping = each.changes.mappings
+    mappings = (private, replace(mapping, name="/SYSV00000000 (deleted)"))
+    segments = frozenset({INODE}) if known else frozenset[int]()
+    return replace(each, changes=replace(each.changes, mappings=mappings), segments=segments)
+
+
+def test_of_a_segment_only_what_all_processes_tell_is_kept() -> None:
+    shared = SharedMemory()
+    assert list(shared.round([with_segment({1}, known=False)])) == []
+    list(shared.round([with_segment({1, 2}, known=True)]))
+    assert sent_pages(shared) == {1, 2}
+    assert list(shared.round([with_segment({3}, known=False)])) == []
+    assert sent_pages(shared) == set()
+    list(shared.round([with_segment({4}, known=True)]))
+    assert sent_pages(shared) == {4}
+
+
+def test_of_a_segment_that_is_not_known_in_the_end_nothing_is_kept() -> None:
+    shared = SharedMemory()
+    list(shared.round([with_segment({1, 2}, known=True)]))
+    shared.outdate([with_segment(set(), known=False)])
+    assert sent_pages(shared) == set()
+
+
 def sent_pages(shared: SharedMemory) -> set[int]:
     """The pages that the destination has, of an image with all of them."""
     images = Images({number: page(1, number) for number in range(SIZE)})

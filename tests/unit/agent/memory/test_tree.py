@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 
 from coordinator.agent.memory import tree
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun
+from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
 from coordinator.agent.memory.ptrace import TargetGone
+from coordinator.agent.memory.segments import Segments
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.errors import TrackingFailed
 
@@ -24,6 +27,7 @@ class World:
         self.refused: set[int] = set()
         self.reaped: dict[int, int | None] = {}
         self.distrusted: list[bool] = []
+        self.trusted: list[frozenset[int]] = []
         monkeypatch.setattr(tree, "start_time", self.started.get)
         monkeypatch.setattr(tree, "process_tree", lambda _root: [*self.started, *self.zombies])
         monkeypatch.setattr(tree, "inner_pid", lambda pid: pid - 99)
@@ -43,11 +47,14 @@ class FakeTracker:
         world.open.add(self.name)
         self.asked = False
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False) -> Changes:
+    def collect(
+        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
+    ) -> Changes:
         if (self.pid, self.world.started.get(self.pid)) != self.name:
             raise TargetGone("gone")
         self.asked, first = True, not self.asked
         self.world.distrusted.append(others_wrote)
+        self.world.trusted.append(segments)
         return ALL if first else NOTHING
 
     def close(self) -> None:
@@ -128,6 +135,41 @@ def test_whoever_goes_may_have_written_to_shared_memory(world: World) -> None:
     assert [distrusted(), distrusted()] == [[True], [False]]
     world.reaped[100] = None  # nobody can tell
     assert [distrusted(), distrusted()] == [[True], [True]]
+
+
+class FakeSegments(Segments):
+    """One that nobody unknown comes to."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.ended = False
+
+    def untouched(self) -> frozenset[int]:
+        return self.closed
+
+    def take(self, answers: Iterable[ProcessChanges]) -> None:
+        assert list(answers)
+        self.closed = frozenset({7})
+
+    def close(self) -> None:
+        self.ended = True
+
+
+def test_processes_are_told_which_segments_nobody_else_wrote_to(world: World) -> None:
+    segments = FakeSegments()
+    tracker = TreeTracker(100, world.make, segments)
+    to_be_called = [tracker.at_freeze]
+    assert [tracker.collect()[100].segments, tracker.collect()[100].segments] == [{7}, {7}]
+    assert world.trusted == [frozenset(), {7}]
+    assert [*to_be_called, tracker.at_freeze] == [None, segments.at_freeze]
+    tracker.close()
+    assert segments.ended
+
+
+def test_in_the_last_look_only_what_was_untouched_is_known(world: World) -> None:
+    """Nobody looks again, so that it is not enough to be closed from now on."""
+    tracker = TreeTracker(100, world.make, FakeSegments())
+    assert tracker.collect(last=True)[100].segments == frozenset()
 
 
 def test_a_root_that_is_another_process_is_gone(world: World) -> None:
