@@ -16,7 +16,7 @@ from labs.lab import Lab
 from labs.topology import INTERFACE
 from tests.integration.command import Livemove, Said, livemove, migrate
 from tests.integration.faults import held_criu
-from tests.integration.scene import Scene
+from tests.integration.scene import CONNECTIONS, Scene
 
 HOSTS = ("alpha", "beta")
 HOOK = "/usr/local/sbin/move-address"
@@ -94,6 +94,8 @@ def test_a_hook_takes_the_address_back_when_the_move_is_interrupted(lab: Lab, ho
     with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", "hooked", "--to", "beta", "--json") as move:
         hold.reached(move)
         move.signal(signal.SIGINT)
+        hooked.answers(CONNECTIONS)  # at once, while the destination's CRIU is still where it was
+        hold.go()
         said = move.finish()
     assert said.status == 130, said.stderr
     hooked.unharmed("alpha")
@@ -203,6 +205,8 @@ def test_the_route_goes_back_when_the_move_is_interrupted(lab: Lab, routed: Scen
         hold.reached(move)
         assert next_hop(lab) == lab.host("beta").address
         move.signal(signal.SIGINT)
+        routed.answers(CONNECTIONS)  # at once, while the destination's CRIU is still where it was
+        hold.go()
         said = move.finish()
     assert said.status == 130, said.stderr
     assert next_hop(lab) == lab.host("alpha").address
