@@ -50,6 +50,18 @@ SERVICE_FILES = (
     "puppet.py",
 )
 
+#: Puts files into a directory, each whole or not at all; in one go, because every program run on a host takes 30 ms.
+INSTALL_FILES = """\
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+for name, text in json.load(sys.stdin).items():
+    new = folder / f"{name}.new"
+    new.write_text(text)
+    new.chmod(0o644)
+    new.rename(folder / name)
+"""
+
 
 @dataclass(frozen=True)
 class Workload(config.Workload):
@@ -190,10 +202,9 @@ def wrong_pages(lab: Lab, workload: Workload) -> str:
 def _install_code(machine: Host) -> None:
     """Size and time of the files are the same everywhere: a mapped or open file is compared by them."""
     source = Path(__file__).parent / "programs"
-    directory = f"{CODE}/labs/programs"
-    machine.run(["mkdir", "-p", directory])
-    for name in SERVICE_FILES:
-        machine.write_file(f"{directory}/{name}", (source / name).read_text(), 0o644)
+    texts = {name: (source / name).read_text() for name in SERVICE_FILES}
+    argv = ["python3", "-I", "-S", "-c", INSTALL_FILES, f"{CODE}/labs/programs"]
+    machine.run(argv, input=json.dumps(texts))
     _shell(machine, f"find {CODE} -exec touch --date=@0 {{}} +")
 
 
