@@ -246,6 +246,8 @@ def own_network(machine: Host, workload: Workload) -> None:
         link += f" && ip link set m-{name} netns {name} name eth0"
     inside = ["link set lo up", f"link set eth0 address {mac_of(workload)} up"]
     inside += [f"address add {each} dev eth0{' nodad' if ':' in each else ''}" for each in workload.addresses]
+    # An address that stands alone has the segment by a route, as behind a router.
+    inside += ["route add 192.0.2.0/24 dev eth0"] if workload.addresses[0].endswith("/32") else []
     inside += ["route add default via 192.0.2.2"]
     steps = [f"ip netns add {name}", link, *(f"ip -n {name} {step}" for step in inside)]
     _shell(machine, " && ".join(steps))
