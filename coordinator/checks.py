@@ -315,6 +315,19 @@ CHECKS: dict[str, Check] = {
             "Give its interface an address of that family.",
         ),
         Check(
+            "MACVLAN_BEHIND_ROUTER",
+            "error",
+            "The workload's own network namespace is a macvlan, and the router sends its packets to the host, which"
+            " cannot reach a macvlan on its own interface.",
+            "Attach it by a veth to a bridge on every host; on one segment, let the mover be l2.",
+        ),
+        Check(
+            "NOT_PASSED_ON",
+            "error",
+            "The destination does not pass on to the workload's own network namespace what the router sends it.",
+            "Let it forward, and give it a host route for the address to the bridge.",
+        ),
+        Check(
             "FIREWALL_DROPS",
             "error",
             "A firewall on the destination drops what clients send to a port of the service.",

@@ -107,7 +107,7 @@ def _bare(workload: WorkloadSpec) -> tuple[str, ...]:
 
 
 def _describe_mover(mover: MoverSpec, addresses: tuple[str, ...]) -> Callable[[Host], DescribeMover]:
-    return lambda _: DescribeMover(mover=mover, addresses=addresses)
+    return lambda host: DescribeMover(mover=mover, addresses=addresses, interface=host.interface)
 
 
 async def check(
@@ -145,7 +145,9 @@ async def survey(
     )
     movers: dict[str, MoverFacts] = {}
     for mover, addresses in _movers([workload]).items():
-        taking_part = running[:1] if mover.kind == "route" else tuple(ends)  # a route is changed by the source alone
+        # A route is changed by the source alone; to a network of its own the destination has to pass packets on.
+        alone = mover.kind == "route" and all(workloads[name].namespace is None for name in running[:1])
+        taking_part = running[:1] if alone else tuple(ends)
         asked_for = {name: session for name, session in ends.items() if name in taking_part}
         movers, unknown = await _ask(asked_for, _describe_mover(mover, addresses), DESCRIBE_S)
         lost |= unknown

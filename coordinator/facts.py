@@ -207,10 +207,12 @@ class NamespaceFacts:
 class MoverFacts:
     """A host's end of a mover: ``problem`` says why it cannot work there, if so. ``routes``: the next hop that a router
     has for each address (without prefix length), empty for none, in its own words for one that is no plain host route.
+    ``onward``: the interface to which the host passes on what the router sends it for an address; empty if to none.
     """
 
     problem: str = ""
     routes: dict[str, str] = field(default_factory=dict)
+    onward: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,6 +256,7 @@ def _destination(facts: MoveFacts, here: WorkloadFacts, there: WorkloadFacts) ->
             parent=parent,
             about=about,
             there=there,
+            mover=facts.movers.get(destination),
         )
     if workload.runtime == "process" and about is not None:
         for pid in sorted(set(here.pids) & set(about.taken_pids)):

@@ -72,7 +72,7 @@ def mover_problem(host: str, mover: MoverSpec, facts: MoverFacts) -> Iterator[Fi
 def _mover(facts: MoveFacts, source: str) -> Iterator[Finding]:
     workload = facts.workload
     for host in (source, facts.destination):
-        if host in facts.movers:
+        if host in facts.movers and (host == source or workload.mover.kind != "route"):
             yield from mover_problem(host, workload.mover, facts.movers[host])
     if workload.mover.router is None:
         return

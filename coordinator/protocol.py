@@ -209,10 +209,12 @@ class WhoAnswers(Request[Answers]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DescribeMover(Request[MoverFacts]):
-    """Say whether this host's end of a mover could work, for addresses without prefix length. Read-only."""
+    """Say whether this host's end of a mover could work, for addresses without prefix length. Packets of a router come
+    by ``interface``. Read-only."""
 
     mover: MoverSpec
     addresses: tuple[str, ...]
+    interface: str
     reply: ClassVar[type] = MoverFacts
 
 

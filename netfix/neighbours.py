@@ -4,7 +4,7 @@ import errno
 import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
@@ -58,24 +58,39 @@ class RouteNeighbourhood:
         self._home.close()
 
     def _next_hop(self, address: str, peer: str, index: int) -> str:
-        message = rtmsg()
-        message["family"] = socket.AF_INET6 if ":" in peer else socket.AF_INET
-        message["attrs"] = [("RTA_DST", peer), ("RTA_SRC", address)]
-        try:
-            answers = self._netlink.request(encode(message, _RTM_GETROUTE, NLM_F_ACK))
-        except Refusal as refusal:
-            if refusal.number in _NO_ROUTE:
-                return ""
-            raise from_errno(refusal.number, f"route to {peer}", refusal.detail) from refusal
-        route = rtmsg(answers[0].data)
-        route.decode()
-        if route.get_attr("RTA_OIF") != index:
+        route = _route(self._netlink, [("RTA_DST", peer), ("RTA_SRC", address)])
+        if route is None or route.get_attr("RTA_OIF") != index:
             return ""
         via = route.get_attr("RTA_VIA")
         gateway = route.get_attr("RTA_GATEWAY") or (via["addr"] if via else None)
         if gateway and (":" in gateway) != (":" in address):
             return ""  # IPv4 behind an IPv6 router: it cannot be asked from an IPv4 address
         return str(ipaddress.ip_address(gateway or peer))
+
+
+def way_to(address: str) -> str:
+    """The interface by which packets to an address leave the network namespace that we are in; empty without a route.
+    Raises NetfixError."""
+    with NetlinkSocket(NETLINK_ROUTE, "routes") as netlink:
+        route = _route(netlink, [("RTA_DST", address)])
+    return "" if route is None else socket.if_indextoname(route.get_attr("RTA_OIF"))
+
+
+def _route(netlink: NetlinkSocket, wanted: list[tuple[str, str]]) -> Any | None:
+    """What the routing tables say; the destination comes first."""
+    peer = wanted[0][1]
+    message = rtmsg()
+    message["family"] = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    message["attrs"] = wanted
+    try:
+        answers = netlink.request(encode(message, _RTM_GETROUTE, NLM_F_ACK))
+    except Refusal as refusal:
+        if refusal.number in _NO_ROUTE:
+            return None
+        raise from_errno(refusal.number, f"route to {peer}", refusal.detail) from refusal
+    route = rtmsg(answers[0].data)
+    route.decode()
+    return route
 
 
 class FakeNeighbourhood:

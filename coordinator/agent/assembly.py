@@ -23,7 +23,7 @@ from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.segments import segments_of
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.mending import mend_segment_sizes
-from coordinator.agent.movers import real_mover
+from coordinator.agent.movers import announcing_mover, outside_mover
 from coordinator.agent.namespaced import NamespacedNetwork
 from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
 from coordinator.agent.process import start_time, wait_gone
@@ -90,7 +90,7 @@ def _network(plan: MigrationPlan, role: Role) -> ServiceNetwork:
     here = plan.source if role == "source" else plan.destination
     table = NetlinkConnectionTable()
     own = plan.namespace
-    outside = None if plan.workload.mover.kind == "l2" else real_mover(plan, role)
+    outside = outside_mover(plan, role)
 
     def make() -> NetfixNetwork:
         interface = here.interface if own is None else own.interface
@@ -99,7 +99,7 @@ def _network(plan: MigrationPlan, role: Role) -> ServiceNetwork:
             plan.addresses,
             gate=NftGate(plan.id, [move.address for move in plan.addresses], alone=own is not None),
             book=NetlinkAddressBook(),
-            mover=outside or real_mover(plan, role),
+            mover=announcing_mover(plan, role) if own is not None or outside is None else outside,
             inventory=DiagSocketInventory(),
             hold=NfqueueHold(),
             delivery=LoopbackDelivery(),

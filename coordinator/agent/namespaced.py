@@ -28,7 +28,9 @@ class NamespacedNetwork:
     """See ``ServiceNetwork``. ``make`` puts the parts together, and is called inside the namespace when it is there.
 
     Where it is not there any more, there is nothing left to close or to remove: those verbs are done then. ``outside``:
-    the mover, if it works on the host or on a router, whatever has become of the namespace."""
+    the mover, if it works on the host or on a router, whatever has become of the namespace. Inside, the segment is told
+    all the same: with the MAC that the peers know, it is the switches that learn, and the bridge of a host that is a
+    router's next hop is one of them."""
 
     def __init__(
         self,
@@ -55,9 +57,9 @@ class NamespacedNetwork:
         return self._made is None and not self._path.exists()
 
     @property
-    def _mover(self) -> AddressMover | NetfixNetwork | None:
-        """Who does a mover's verbs, as long as there is somebody."""
-        return self._outside or (None if self._is_gone else self._inside)
+    def _movers(self) -> list[AddressMover | NetfixNetwork]:
+        """Who does a mover's verbs, as far as they are there, in their order."""
+        return [*([] if self._is_gone else [self._inside]), *([] if self._outside is None else [self._outside])]
 
     async def check_namespace(self) -> None:
         """See ``ServiceNetwork``. What is there was not made by us, and stays."""
@@ -132,22 +134,21 @@ class NamespacedNetwork:
             delete(self._path, self._attachment.interface)
 
     async def divert(self) -> None:
-        """See ``ServiceNetwork``. With the MAC that the peers know, it is the switches that learn."""
+        """See ``ServiceNetwork``."""
         with network_errors():
-            await (self._outside or self._inside).divert()
+            for mover in self._movers or [self._inside]:
+                await mover.divert()
 
     async def back(self) -> None:
         """See ``ServiceNetwork``."""
-        if (mover := self._mover) is not None:
-            with network_errors():
+        with network_errors():
+            for mover in self._movers:
                 await mover.back()
 
     async def released(self, peers: Collection[str]) -> tuple[str, ...]:
         """See ``ServiceNetwork``."""
-        if (mover := self._mover) is None:
-            return ()
         with network_errors():
-            return await mover.released(peers)
+            return tuple([warning for mover in self._movers for warning in await mover.released(peers)])
 
     async def finished(self) -> None:
         """See ``ServiceNetwork``. A mover outside leaves nothing to the background."""

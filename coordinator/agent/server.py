@@ -173,7 +173,7 @@ class Agent:
         return Answers(macs=tuple(sorted(macs)))
 
     async def _describe_mover(self, request: DescribeMover) -> MoverFacts:
-        return await movers.describe_mover(request.mover, request.addresses)
+        return await movers.describe_mover(request.mover, request.addresses, request.interface)
 
     async def _ask_firewall(self, request: AskFirewall) -> FirewallDrops:
         return FirewallDrops(drops=facts.firewall_drops(request.interface, request.services))

@@ -29,6 +29,7 @@ from typing import Any
 from labs.programs.pattern_server import arguments, daemonize, detach_stdio, listen
 
 PATIENCE_S = 20.0
+LOOK_S = 0.02
 PIECE_BYTES = 65536
 BLOCK_BYTES = 65521
 """Of a stream's contents, then they come again. A prime, so that no buffer's size divides it."""
@@ -127,13 +128,18 @@ class Puppet:
             left -= sent
         return {}
 
-    def fill(self, name: str, quiet_s: float = 0.3) -> dict[str, Any]:
-        """Send until nothing more goes into the socket for a while; how many bytes went."""
+    def fill(self, name: str) -> dict[str, Any]:
+        """Send until the other side's window is closed and nothing more goes into the socket; how many bytes went."""
         sock, stream = self._sockets[name], self._sent[name]
-        before = stream.done
-        while self._ready(sock, select.POLLOUT, quiet_s):
-            stream.done += sock.send(stream.piece(PIECE_BYTES))
-        return {"bytes": stream.done - before}
+        before, end = stream.done, time.monotonic() + PATIENCE_S
+        while True:
+            full = _is_full(sock)
+            if self._ready(sock, select.POLLOUT, LOOK_S):
+                stream.done += sock.send(stream.piece(PIECE_BYTES))
+            elif full:
+                return {"bytes": stream.done - before}
+            elif time.monotonic() > end:
+                raise TimeoutError(errno.ETIMEDOUT, "the puppet's patience")
 
     def receive(self, name: str, size: int) -> dict[str, Any]:
         """Take so many bytes, or those before the end, and check them: `bytes`, `wrong`, and whether it `ended`."""
@@ -247,6 +253,14 @@ class Puppet:
             if poll.poll(left * 1000):
                 return True
         return False
+
+
+def _is_full(sock: socket.socket) -> bool:
+    """Whether nothing will leave the socket by itself any more: the other side's window is closed, and has answered for
+    all that was sent (struct tcp_info of linux/tcp.h: tcpi_unacked, tcpi_snd_wnd)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+    (on_the_way,), (window,) = struct.unpack_from("@I", info, 24), struct.unpack_from("@I", info, 228)
+    return not on_the_way and not window
 
 
 def _asked(sock: socket.socket, request: int) -> int:

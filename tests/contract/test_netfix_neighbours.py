@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from netfix.errors import KernelRefusedError, NoSuchInterfaceError
-from netfix.neighbours import MOST_PEERS, FakeNeighbourhood, Neighbourhood, RouteNeighbourhood
+from netfix.neighbours import MOST_PEERS, FakeNeighbourhood, Neighbourhood, RouteNeighbourhood, way_to
 from tests.contract.netfix_segment import SERVICE, SERVICE6, Namespace
 
 ROUTER, ROUTER6 = "192.0.2.1", "2001:db8::1"
@@ -86,3 +86,10 @@ async def test_the_fake_can_fail_once() -> None:
     with pytest.raises(KernelRefusedError):
         await fake.towards(SERVICE, [FAR])
     assert await fake.towards(SERVICE, [FAR]) == (FAR,)
+
+
+async def test_the_way_to_an_address() -> None:
+    with Namespace() as host:
+        _ip(host, SETUP.replace(f"route add default via {ROUTER6}\n", ""))
+        ways = [await host.call(lambda to=to: way_to(to)) for to in (FAR, "203.0.113.9", SERVICE6, FAR6)]  # type: ignore[misc]
+    assert ways == ["eth0", "eth1", "lo", ""]

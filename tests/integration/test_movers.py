@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,43 +14,23 @@ import pytest
 from labs import config
 from labs.lab import Lab
 from labs.topology import INTERFACE
-from tests.integration.command import Livemove, Said, livemove, migrate
+from tests.integration.command import Livemove, livemove, migrate
 from tests.integration.faults import held_criu
-from tests.integration.scene import Scene
+from tests.integration.scene import CONNECTIONS, Scene
+from tests.integration.ways import (
+    HOOK,
+    HOOK_SCRIPT,
+    HOSTS,
+    KEY,
+    KNOWN_HOSTS,
+    diary,
+    installed_hook,
+    next_hop,
+    router,
+    warnings,
+)
 
-HOSTS = ("alpha", "beta")
-HOOK = "/usr/local/sbin/move-address"
 HOOKED, ROUTED = "192.0.2.219", "198.51.100.200"
-KEY, KNOWN_HOSTS = "/etc/livemove/router_key", "/etc/livemove/router_known_hosts"
-
-#: Tells the segment where the address is by a gratuitous ARP of its own, and keeps a diary.
-HOOK_SCRIPT = """\
-#!/usr/bin/python3
-import os, socket, sys
-action, role = os.environ["LIVEMOVE_ACTION"], os.environ["LIVEMOVE_ROLE"]
-with open("/run/move-address.diary", "a") as diary:
-    print(action, role, os.environ["LIVEMOVE_FROM"], os.environ["LIVEMOVE_TO"], file=diary)
-if os.path.exists("/run/move-address.fails"):
-    sys.exit("error: the cloud is out of order")
-if (action, role) in (("divert", "destination"), ("back", "source")):
-    own = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-    own.bind((os.environ["LIVEMOVE_INTERFACE"], 0))
-    mac, address = own.getsockname()[4], socket.inet_aton(os.environ["LIVEMOVE_ADDRESS"])
-    arp = bytes.fromhex("0001080006040002") + mac + address + mac + address
-    for _ in range(3):
-        own.send((b"\\xff" * 6 + mac + bytes.fromhex("0806") + arp).ljust(60, b"\\0"))
-"""
-
-
-@contextmanager
-def installed_hook(lab: Lab) -> Iterator[None]:
-    for name in HOSTS:
-        lab.host(name).write_file(HOOK, HOOK_SCRIPT, 0o755)
-    try:
-        yield
-    finally:
-        for name in HOSTS:
-            lab.host(name).run(["sh", "-c", f"rm -f {HOOK} /run/move-address.*"])
 
 
 @pytest.fixture
@@ -65,17 +45,6 @@ def hooked(lab: Lab) -> Iterator[Scene]:
             yield scene
         finally:
             scene.close()
-
-
-def warnings(said: Said) -> list[str]:
-    """What went other than planned; what a machine for tests lacks is found before."""
-    return [warning for warning in said.report["warnings"] if "CAP_SYS_RESOURCE" not in warning]
-
-
-def diary(lab: Lab, host: str) -> list[str]:
-    """What the hook was asked on a host since the last look."""
-    said = lab.host(host).run(["sh", "-c", "cat /run/move-address.diary; rm -f /run/move-address.diary"]).stdout
-    return said.splitlines()
 
 
 def test_a_hook_moves_the_address_there_and_back(lab: Lab, hooked: Scene) -> None:
@@ -94,6 +63,8 @@ def test_a_hook_takes_the_address_back_when_the_move_is_interrupted(lab: Lab, ho
     with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", "hooked", "--to", "beta", "--json") as move:
         hold.reached(move)
         move.signal(signal.SIGINT)
+        hooked.answers(CONNECTIONS)  # at once, while the destination's CRIU is still where it was
+        hold.go()
         said = move.finish()
     assert said.status == 130, said.stderr
     hooked.unharmed("alpha")
@@ -131,35 +102,6 @@ def test_a_hook_that_is_missing_is_found_before(lab: Lab, hooked: Scene) -> None
 # ---- a router
 
 
-@contextmanager
-def router(lab: Lab) -> Iterator[None]:
-    """gamma forwards to the service, which clients reach through it; alpha and beta may log in there."""
-    gamma, clients = lab.host("gamma"), lab.machine("clients")
-    authorized = "/root/.ssh/authorized_keys"
-    with ExitStack() as undo:
-        for host in HOSTS:
-            undo.callback(lab.host(host).run, ["rm", "-rf", "/etc/livemove"])
-            lab.host(host).run(["mkdir", "-p", "/etc/livemove"])
-        lab.host("alpha").run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", KEY])
-        lab.host("beta").write_file(KEY, lab.host("alpha").read_file(KEY), 0o600)
-        for host in HOSTS:
-            lab.host(host).write_file(KNOWN_HOSTS, lab.paths.known_hosts.read_text())
-        before = gamma.read_file(authorized)
-        undo.callback(gamma.write_file, authorized, before, 0o600)
-        gamma.write_file(authorized, before + lab.host("alpha").read_file(f"{KEY}.pub"), 0o600)
-        # It is a router on a stick: it would tell the clients that there is a shorter way.
-        shell = (
-            f"cd /proc/sys/net/ipv4; for each in conf/all conf/{INTERFACE}; do echo {{}} >$each/send_redirects; done"
-        )
-        gamma.run(["sh", "-ec", f"{shell.format(0)}; echo 1 >ip_forward"])
-        undo.callback(gamma.run, ["sh", "-ec", f"{shell.format(1)}; echo 0 >ip_forward"])
-        gamma.run(["ip", "route", "add", f"{ROUTED}/32", "via", lab.host("alpha").address])
-        undo.callback(gamma.run, ["ip", "route", "del", f"{ROUTED}/32"])
-        clients.run(["ip", "route", "add", f"{ROUTED}/32", "via", gamma.address])
-        undo.callback(clients.run, ["ip", "route", "del", f"{ROUTED}/32"])
-        yield
-
-
 @pytest.fixture
 def routed(lab: Lab) -> Iterator[Scene]:
     gamma = lab.host("gamma").address
@@ -174,17 +116,12 @@ def routed(lab: Lab) -> Iterator[Scene]:
         router_known_hosts=KNOWN_HOSTS,
     )
     lab.add_workload(workload)
-    with router(lab):
+    with router(lab, ROUTED):
         scene = Scene.start(lab, "routed")
         try:
             yield scene
         finally:
             scene.close()
-
-
-def next_hop(lab: Lab) -> str:
-    """Where the router sends the service's packets."""
-    return lab.host("gamma").run(["ip", "route", "show", f"{ROUTED}/32"]).stdout.split()[2]
 
 
 def test_a_route_is_changed_on_the_router_there_and_back(lab: Lab, routed: Scene) -> None:
@@ -193,7 +130,7 @@ def test_a_route_is_changed_on_the_router_there_and_back(lab: Lab, routed: Scene
         said = migrate(lab, "routed", there)
         assert said.status == 0, said.stderr
         assert warnings(said) == []
-        assert next_hop(lab) == lab.host(there).address
+        assert next_hop(lab, ROUTED) == lab.host(there).address
         routed.unharmed(there)
 
 
@@ -201,11 +138,13 @@ def test_the_route_goes_back_when_the_move_is_interrupted(lab: Lab, routed: Scen
     routed.begin_hop()
     with held_criu(lab.host("beta")) as hold, Livemove(lab, "migrate", "routed", "--to", "beta", "--json") as move:
         hold.reached(move)
-        assert next_hop(lab) == lab.host("beta").address
+        assert next_hop(lab, ROUTED) == lab.host("beta").address
         move.signal(signal.SIGINT)
+        routed.answers(CONNECTIONS)  # at once, while the destination's CRIU is still where it was
+        hold.go()
         said = move.finish()
     assert said.status == 130, said.stderr
-    assert next_hop(lab) == lab.host("alpha").address
+    assert next_hop(lab, ROUTED) == lab.host("alpha").address
     routed.unharmed("alpha")
 
 

@@ -209,15 +209,15 @@ class World:
         """Look at every invariant after a change."""
         self.history.append(what)
         self.packet()
-        source, destination = self.source, self.destination
+        source, destination, committed = self.source, self.destination, self.committed
         self._check("I1: two copies are runnable", (source.copy, destination.copy) != ("running", "running"))
         self._check("I2: two hosts answer", self.parted or not (source.answers and destination.answers))
         for machine in (source, destination):
             reset = machine.passes and machine.copy == "absent" and not self.killed
             self._check(f"I2: {machine.name} sends a RST into live connections", not reset)
-        self._check("I3: the source runs after the commit point", not (self.committed and source.copy == "running"))
-        self._check("I3: the source cannot resume", self.committed or source.copy != "absent")
-        self._check("I1: the destination ran before the commit point", self.committed or destination.copy != "running")
+        self._check("I3: the source runs after the commit point", not (committed and source.copy == "running"))
+        self._check("I3: the source cannot resume", committed or source.copy != "absent")
+        self._check("I1: the destination ran before the commit point", committed or destination.copy != "running")
         self._look_at_memory(destination)
 
     def _look_at_memory(self, machine: Machine) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from coordinator.facts import NamespaceFacts, WorkloadFacts
+import pytest
+
+from coordinator.facts import MoverFacts, MoverSpec, NamespaceFacts, RouterSpec, WorkloadFacts
 from coordinator.fakes import healthy_facts
 from coordinator.move_facts import MoveFacts, service_ports
 from coordinator.plan import namespace_parent
@@ -86,3 +88,37 @@ def test_both_ends_announce_the_workload_s_mac(tmp_path: Path) -> None:
     assert move.announce_at_destination == move.announce_at_source == frames(ADDRESS, MAC)
     assert (made.namespace, made.namespace_parent) == (OWN, "br0")
     assert decode(MigrationPlan, encode(made)) == made
+
+
+ROUTER = MoverSpec(kind="route", router=RouterSpec(address="192.0.2.1", user="root", port=22))
+
+
+@pytest.mark.parametrize(
+    ("own", "onward", "wanted"),
+    [
+        (OWN, {ADDRESS: "br0"}, []),
+        (OWN, {ADDRESS: "eth0"}, ["has to go on to br0: beta passes it on to eth0"]),
+        (OWN, {ADDRESS: ""}, ["has to go on to br0: beta does not pass it on"]),
+        (replace(OWN, kind="macvlan", parent="eth0", mode="bridge"), {ADDRESS: "eth0"}, ["is a macvlan on eth0"]),
+        (replace(OWN, kind="macvlan", parent="eth0", mode="vepa"), {ADDRESS: "eth0"}, []),
+    ],
+)
+def test_behind_a_router_the_destination_passes_packets_on(
+    tmp_path: Path, own: NamespaceFacts, onward: dict[str, str], wanted: list[str]
+) -> None:
+    found = facts(tmp_path, own)
+    workload = replace(found.workload, mover=ROUTER)
+    movers = {"alpha": MoverFacts(routes={ADDRESS: "192.0.2.11"}), "beta": MoverFacts(problem="no key", onward=onward)}
+    told = move_findings(replace(found, workload=workload, movers=movers))
+    assert len(told) == len(wanted)
+    for each, words in zip(told, wanted, strict=True):
+        assert each.code in ("NOT_PASSED_ON", "MACVLAN_BEHIND_ROUTER")
+        assert words in each.message
+
+
+def test_how_a_destination_passes_packets_on_is_told(tmp_path: Path) -> None:
+    found = facts(tmp_path)
+    workload = replace(found.workload, mover=ROUTER)
+    movers = {"alpha": MoverFacts(routes={ADDRESS: "192.0.2.11"}), "beta": MoverFacts()}
+    (told,) = move_findings(replace(found, workload=workload, movers=movers))
+    assert told.hint == f"There: sysctl net.ipv4.ip_forward=1 and ip route add {ADDRESS}/32 dev br0, so that it lasts."

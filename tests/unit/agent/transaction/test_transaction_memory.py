@@ -54,12 +54,6 @@ STRIDES: dict[Mode, int] = {"pre-copy": 1, "post-copy": 1, "hybrid": 4}
 FETCHING: tuple[Mode, ...] = ("post-copy", "hybrid")
 
 
-@pytest.fixture(autouse=True)
-def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in test_transaction.py."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def verdicts(folder: Path, faults: Iterator[tuple[str, Fault]], mode: Mode) -> Counter[str]:
     return Counter(found for _, _, found in play(folder, faults, mode))
 

@@ -45,12 +45,6 @@ from tests.unit.agent.faults import (
 from tests.unit.agent.stage import Stage, phase_of, told_outcomes, verdict
 
 
-@pytest.fixture(autouse=True)
-def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fsync is for, the order of records, is seen to in test_journal.py; here it would be hours of disk time."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def verdicts(folder: Path, faults: Iterator[tuple[str, Fault]]) -> Counter[str]:
     return Counter(found for _, _, found in play(folder, faults))
 

@@ -18,11 +18,6 @@ from tests.unit.agent.stage import Stage, told_outcomes, verdict
 HOOK = MoverSpec(kind="hook", hook="/usr/local/sbin/move-address")
 
 
-@pytest.fixture(autouse=True)
-def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def stage_of(folder: Path) -> Stage:
     return Stage(folder, mover=HOOK)
 
