@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PAGE_BYTES = mmap.PAGESIZE
-MAYMOVE, FIXED, MADV_DONTNEED, MADV_DONTFORK = 1, 2, 4, 10
+MAYMOVE, FIXED, MADV_DONTNEED, MADV_REMOVE, MADV_DONTFORK = 1, 2, 4, 9, 10
 IPC_PRIVATE, SHM_RDONLY = 0, 0o10000
 _SERIALS_OF_ONE_PROCESS = 1 << 40
 _HEADER = struct.Struct("=QQ")
@@ -120,6 +120,13 @@ class Region:
 
     def read(self, page: int) -> bytes:
         return ctypes.string_at(self.address + page * PAGE_BYTES, PAGE_BYTES)
+
+    def punch(self, page: int) -> None:
+        """Check a page of shared memory, give it back for all, and have an empty one come in."""
+        self.check(page)
+        _libc.madvise(self.address + page * PAGE_BYTES, PAGE_BYTES, MADV_REMOVE)
+        self.reset(page, 1)
+        self.check(page)
 
     def reset(self, first: int, pages: int) -> None:
         """These pages have been given back to the kernel."""

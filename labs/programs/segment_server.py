@@ -1,8 +1,8 @@
 """The memory service with a System V segment, which CRIU moves only with its IPC namespace: for containers.
 
 The process that listens has it attached for writing, and once more for reading. One worker has it attached twice, and
-writes through both; the other is a visitor: it attaches the segment every `VISIT_EVERY_S`, writes to it and detaches.
-Children that come and go do not have it, so their coming and going says nothing of it.
+writes through both; the other is a visitor: it attaches the segment every `VISIT_EVERY_S`, writes to it, punches a hole
+into it and detaches. Children that come and go do not have it, so their coming and going says nothing of it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class SegmentMemory(Memory):
             for _ in range(pages):
                 self._segment.address = self._random.choice(self._addresses)
                 self._segment.write(self.choose(self._segment), self._serials)
+            if self._visits:
+                self._segment.punch(self.choose(self._segment))
 
     def check_all(self) -> None:
         """See `Memory`."""

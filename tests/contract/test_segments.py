@@ -13,6 +13,7 @@ import pytest
 
 from coordinator.agent import tasks
 from coordinator.agent.memory.base import PAGE_BYTES, PageRun
+from coordinator.agent.memory.holes import holes_are_told
 from coordinator.agent.memory.pages import read_pages
 from coordinator.agent.memory.segments import segments_of
 from coordinator.agent.memory.tree import TreeTracker
@@ -112,6 +113,23 @@ def test_of_a_visit_between_two_looks_everything_is_doubted(service: Service, vi
     found, trusted = service.look(last=last)
     assert 5 in found
     assert not trusted
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_hole_that_is_read_makes_everything_dirty(service: Service, last: bool) -> None:
+    """The page that comes in has the mark of the one that went."""
+    service.target.run("libc.madvise(a + 5 * PAGE, PAGE, 9); ctypes.string_at(a + 5 * PAGE, 1)")
+    found, trusted = service.look(last=last)
+    assert 5 in found
+    assert trusted != last
+    if not last:
+        assert service.look() == (set(), True)
+
+
+def test_this_kernel_tells_of_holes_in_segments_and_nothing_is_left(service: Service) -> None:
+    before = Path("/proc/sysvipc/shm").read_text(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    assert holes_are_told()
+    assert (Path("/proc/sysvipc/shm").read_text(), len(os.listdir("/proc/self/fd"))) == before  # noqa: PTH208
 
 
 def test_as_long_as_a_stranger_has_it_nothing_is_known(service: Service) -> None:

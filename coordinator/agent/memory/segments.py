@@ -7,8 +7,9 @@ shmat(2), shmdt(2), fork(2), exit(2), and whenever a mapping is split or moved (
 
 A segment is *closed* in a look if the row has as many attachments as the tracked processes have mappings of it, and its
 times are some seconds old, so that whatever comes would change them. If the row is the same in the next look, nobody
-came, went or forked between the two, and the page tables of the tracked processes have told every write. Otherwise the
-segment counts as written, all of it. Nothing is sent of one that is not closed: it would be in vain.
+came, went or forked between the two, and the page tables of the tracked processes have told every write; and of holes
+the kernel tells in another way (``holes``). Otherwise the segment counts as written, all of it. Nothing is sent of one
+that is not closed: it would be in vain.
 
 CRIU itself attaches every segment, when it dumps the IPC namespace (criu/ipc_ns.c, dump_ipc_shm_seg, 4.2). So the last
 row that counts is read before that, and after the tasks are frozen (``at_freeze``). It names a segment's images by its
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.agent.memory.base import ProcessChanges
+from coordinator.agent.memory.holes import HoleWatch, holes_are_told
 
 _CLONE_NEWIPC = 0x08000000
 _CLOCK_REALTIME_COARSE = 5
@@ -84,6 +86,13 @@ class Table(Protocol):
     def look(self) -> Look:
         """The rows as they are now. Raises ``OSError``."""
 
+    def watch(self, wanted: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
+        """Be told of holes in the wanted segments, as far as the processes have them; return all that this is true
+        of."""
+
+    def punched(self) -> frozenset[int]:
+        """The segments into which a hole was punched since this was asked last."""
+
     def close(self) -> None:
         """Let go of the namespace. Idempotent."""
 
@@ -97,6 +106,7 @@ class Segments:
         self._table = table
         self._now = _NOTHING
         self._frozen: Look | None = None
+        self._watched: frozenset[int] = frozenset()
         #: The ids of the segments that were closed in the look before.
         self.closed: frozenset[int] = frozenset()
 
@@ -106,13 +116,20 @@ class Segments:
             with suppress(OSError):  # then the last look reads what CRIU has changed
                 self._frozen = self._table.look()
 
-    def untouched(self) -> frozenset[int]:
-        """Begin a look: the segments that nobody who is not asked can have written to since the look before."""
+    def untouched(self, pids: Iterable[int]) -> frozenset[int]:
+        """Begin a look at these processes: the segments whose every change since the look before they will tell."""
+        if self._table is None:
+            return frozenset()
         before = self._now
-        self._now = _NOTHING if self._table is None else self._frozen or self._table.look()
+        self._now = self._frozen or self._table.look()
+        if self._frozen is None:
+            worth_it = [each for each, row in self._now.rows.items() if row.attachments and row.bytes >= _LEAST_BYTES]
+            self._watched = self._table.watch(worth_it, pids)
+        punched = self._table.punched()
         if abs(_shift(self._now) - _shift(before)) > _STEADY_S:
             return frozenset()
-        return frozenset(each for each in self.closed if self._now.rows.get(each) == before.rows[each])
+        same = (each for each in self.closed if self._now.rows.get(each) == before.rows[each])
+        return frozenset(same) - punched
 
     def take(self, answers: Iterable[ProcessChanges]) -> None:
         """End a look, with what all processes have answered after it began."""
@@ -127,10 +144,7 @@ class Segments:
         self.closed = frozenset(
             each
             for each, row in self._now.rows.items()
-            if mapped[each] == row.attachments > 0
-            and each not in others
-            and row.changed_s < settled_s
-            and row.bytes >= _LEAST_BYTES
+            if mapped[each] == row.attachments > 0 and each in self._watched - others and row.changed_s < settled_s
         )
 
     def close(self) -> None:
@@ -161,6 +175,7 @@ class SegmentTable:
     def __init__(self, pid: int) -> None:
         """Raises ``OSError`` where there is no such process or no such table (CONFIG_SYSVIPC), or without
         CAP_SYS_ADMIN."""
+        self._holes = HoleWatch()
         with open("/proc/thread-self/ns/ipc", "rb") as home, open(f"/proc/{pid}/ns/ipc", "rb") as there:  # noqa: PTH123
             _enter(there.fileno())
             try:
@@ -171,6 +186,7 @@ class SegmentTable:
         number = os.fstat(memory).st_dev  # of the mount that segments are on, too (mm/shmem.c, shm_mnt)
         os.close(memory)
         self.device = f"{os.major(number):02x}:{os.minor(number):02x}"
+        self.watch, self.punched = self._holes.watch, self._holes.punched
 
     def look(self) -> Look:
         """See ``Table``."""
@@ -181,15 +197,16 @@ class SegmentTable:
 
     def close(self) -> None:
         """See ``Table``."""
+        self._holes.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def segments_of(pid: int) -> Segments:
-    """The segments of the IPC namespace of a process; none where their table cannot be read."""
+    """The segments of the IPC namespace of a process; none where the kernel does not tell all that has to be known."""
     try:
-        return Segments(SegmentTable(pid))
+        return Segments(SegmentTable(pid) if holes_are_told() else None)
     except OSError:
         return Segments(None)
 

@@ -92,8 +92,8 @@ class TreeTracker:
         that are gone are named by ``take_gone``. Raises ``TargetGone`` if the root is gone."""
         if start_time(self._root) != self._root_started:
             raise TargetGone(f"process {self._root}, the root of the workload, is gone")
-        untouched = self._segments.untouched()
         self._meet()
+        untouched = self._segments.untouched(self._members)
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
         for member in list(self._members.values()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -28,12 +29,22 @@ class MadeUp:
     since_boot_s: float = 50.0
     size_bytes: int = 1 << 20
     device: str = DEVICE
-    closed: bool = field(default=False)
+    holes: frozenset[int] = frozenset()
+    unwatched: frozenset[int] = frozenset()
+    closed: bool = False
 
     def look(self) -> Look:
         numbers = (0, 7, 600, self.size_bytes, 10, self.last_pid, self.attachments, 0, 0, 0, 0)
         row = Row(tuple(map(str, (*numbers, self.attached_s, self.detached_s, 80))))
         return Look({7: row}, self.clock_s, self.since_boot_s)
+
+    def watch(self, wanted: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
+        assert list(pids) == [10, 11]
+        return frozenset(wanted) - self.unwatched
+
+    def punched(self) -> frozenset[int]:
+        found, self.holes = self.holes, frozenset()
+        return found
 
     def passes(self, seconds: float) -> None:
         self.clock_s += seconds
@@ -53,7 +64,7 @@ def answers(mapped: int, *, device: str = DEVICE) -> list[ProcessChanges]:
 
 def looked(segments: Segments, mapped: int = 2) -> frozenset[int]:
     """One look; what nobody can have written to since the look before."""
-    untouched = segments.untouched()
+    untouched = segments.untouched([10, 11])
     segments.take(answers(mapped))
     return untouched
 
@@ -121,6 +132,21 @@ def test_a_clock_that_is_set_tells_nothing(set_s: float) -> None:
     assert looked(segments) == ({7} if set_s > -97 else frozenset())
 
 
+def test_a_hole_that_was_punched_is_told_by_nobody_else() -> None:
+    table = MadeUp()
+    segments = Segments(table)
+    looked(segments)
+    table.holes = frozenset({7})
+    assert looked(segments) == frozenset()
+    assert looked(segments) == {7}
+
+
+def test_where_a_hole_would_not_be_told_nothing_is_known() -> None:
+    segments = Segments(MadeUp(unwatched=frozenset({7})))
+    looked(segments)
+    assert not segments.closed
+
+
 def test_a_small_one_is_not_worth_it() -> None:
     segments = Segments(MadeUp(size_bytes=(1 << 20) - 1))
     looked(segments)
@@ -130,7 +156,7 @@ def test_a_small_one_is_not_worth_it() -> None:
 def test_a_mapping_of_another_device_is_no_attachment() -> None:
     """Of huge pages; or of a file that is called so."""
     segments = Segments(MadeUp())
-    segments.untouched()
+    segments.untouched([10, 11])
     segments.take([*answers(2), *answers(1, device="00:15")])
     assert not segments.closed
 

@@ -144,7 +144,8 @@ class FakeSegments(Segments):
         super().__init__(None)
         self.ended = False
 
-    def untouched(self) -> frozenset[int]:
+    def untouched(self, pids: Iterable[int]) -> frozenset[int]:
+        assert list(pids)
         return self.closed
 
     def take(self, answers: Iterable[ProcessChanges]) -> None:
