@@ -134,7 +134,8 @@ CHECKS: dict[str, Check] = {
             "RUNTIME_LOST_IT",
             "error",
             "The runtime cannot tell what it has of the container, or lost its state file while the container runs.",
-            "End what is left of the container there (its control group's cgroup.kill), and start it anew.",
+            "Where its command fails: run it there as root, and mend the runtime, also on a host that takes no part."
+            " Where processes are left: end them (their control group's cgroup.kill), and start the container anew.",
         ),
         Check(
             "WORKLOAD_BUSY",

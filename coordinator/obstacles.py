@@ -25,6 +25,7 @@ OBSTACLES: dict[str, str] = {
     "SYSV_SHARED_WITH_HOST": "A process uses System V shared memory in the host's own IPC namespace.",
     "USER_NAMESPACE": "The container has a user namespace, in which CRIU cannot restore TCP connections.",
     "HOST_DEVICES": "The container has devices of its host, a GPU for instance.",
+    "LIMITS_CHANGED": "The container's control group has other limits than its config.json, the destination's.",
     "IN_A_POD": "The container is in a pod: it shares namespaces with containers that stay.",
     "PODMAN_RUNTIME": "podman runs the container with another OCI runtime than crun.",
     "PODMAN_RESTARTS": "podman starts the container anew, or removes it, when its processes end: also after a move.",

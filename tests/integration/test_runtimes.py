@@ -143,6 +143,12 @@ def test_limits_of_the_control_group_hold_wherever_the_container_is(packaged_lab
             for host in hosts.values():
                 host.write_file(path, json.dumps(oci.with_limits(json.loads(host.read_file(path)), known)))
             workloads.start(packaged_lab, scene.workload, "alpha")
+            assert "LIMITS_CHANGED" not in livemove(packaged_lab, "check", name, "--to", "beta").stdout
+            file, value = next(iter(wanted.items()))
+            hosts["alpha"].run(["sh", "-c", f"echo {value // 2} >/sys/fs/cgroup/{name}/{file}"])
+            said = livemove(packaged_lab, "check", name, "--to", "beta")
+            assert said.status == 0
+            assert f"{file} is {value // 2}, not {value}" in said.stdout
             for there, destination in (("alpha", "beta"), ("beta", "alpha")):
                 assert migrate(packaged_lab, name, destination).status == 0
                 group = f"/sys/fs/cgroup/{name}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from coordinator.agent.control_group import CGROUPS, changed_limits, control_group
 from coordinator.agent.process import Command, first_explaining_line, run
 from coordinator.agent.runtimes.base import Definition, Mount, Tasks
 from coordinator.errors import CommandFailed, ProtocolError, RestoreFailed
@@ -33,7 +35,9 @@ class OciRuntime:
 
     async def definition(self) -> Definition:
         """See ``Runtime``: config.json, by the bytes of it."""
-        return bundle_definition(Path(self._bundle))
+        found = bundle_definition(Path(self._bundle))
+        changed = changed_limits(self._program, Path(self._bundle), self._container)
+        return replace(found, obstacles=(*found.obstacles, *changed))
 
     async def find(self) -> Tasks:
         """See ``Runtime``. One without its state file is absent to both; it can be removed, and nothing else."""
@@ -131,17 +135,11 @@ def host_devices(paths: list[str]) -> tuple[Obstacle, ...]:
     return (Obstacle(code="HOST_DEVICES", message=message, hint=hint),) if paths else ()
 
 
-def stray_processes(bundle: Path, container: str, cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+def stray_processes(bundle: Path, container: str, cgroups: Path = CGROUPS) -> list[int]:
     """The processes in a container's control group: if its runtime does not know it, they are all that is left of it.
 
-    Empty where the group cannot be told: without a plain ``cgroupsPath`` (the systemd driver's has colons), or without
-    cgroup version 2."""
-    try:
-        path = json.loads((bundle / "config.json").read_bytes())["linux"].get("cgroupsPath", f"/{container}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    Empty where the group cannot be told (``control_group``)."""
+    group = control_group(bundle, container, cgroups)
+    if group is None:
         return []
-    base = next((each for each in (cgroups / "unified", cgroups) if (each / "cgroup.controllers").exists()), None)
-    if base is None or not isinstance(path, str) or ":" in path or ".." in path:
-        return []
-    group = base / path.lstrip("/")
     return sorted(int(pid) for file in group.rglob("cgroup.procs") for pid in file.read_text().split())

@@ -177,7 +177,7 @@ def obstacles_of(about: dict[str, Any]) -> tuple[Obstacle, ...]:
     if about["OCIRuntime"] != "crun":
         hint = "Create it on both hosts with: podman --runtime crun create."
         found.append(Obstacle(code="PODMAN_RUNTIME", message=f"{named} runs under {about['OCIRuntime']}", hint=hint))
-    for option, why in _options(settings):
+    for option, why in (*_options(settings), *_layered(about["Mounts"])):
         hint = f"Create it on both hosts without {option}."
         found.append(Obstacle(code="PODMAN_OPTION", message=f"{named} has {option}: {why}", hint=hint))
     policy = (settings.get("RestartPolicy") or {}).get("Name") or "no"
@@ -195,6 +195,16 @@ def _options(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     driver = (settings.get("LogConfig") or {}).get("Type") or ""
     if driver.startswith("passthrough"):
         yield f"--log-driver={driver}", "its output goes to who started it, and stays with this host"
+
+
+def _layered(mounts: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Volumes with a layer of podman's own above them, which is in its folder of this container on this host."""
+    for each in mounts:
+        if any(option.startswith("upperdir=") for option in each.get("Options") or ()):
+            yield (
+                f"--volume=…:{each['Destination']}:O",
+                "what it writes there stays with this host, below an id of podman's",
+            )
 
 
 def unused_terminal(about: dict[str, Any], proc: Path = Path("/proc")) -> tuple[Obstacle, ...]:

@@ -30,6 +30,16 @@ ABOUT: dict[str, Any] = {
 }
 
 
+#: What podman 5.8 says of --volume=/srv/a:/mnt:O when it has started the container.
+LAYERED = {
+    "Type": "bind",
+    "Source": "/var/lib/containers/7/overlay/1/merge",
+    "Destination": "/mnt",
+    "RW": True,
+    "Options": ["lowerdir=/srv/a", "upperdir=/var/lib/containers/7/overlay/1/upper", "workdir=/var/lib/containers/7/w"],
+}
+
+
 def changed(**host_config: object) -> dict[str, Any]:
     return {**ABOUT, "HostConfig": {**ABOUT["HostConfig"], **host_config}}
 
@@ -50,6 +60,7 @@ def codes(about: dict[str, Any]) -> list[str]:
         (changed(Devices=[{"PathOnHost": "/dev/dri"}]), ["HOST_DEVICES"]),
         (changed(Cgroups="disabled"), ["PODMAN_OPTION"]),
         (changed(LogConfig={"Type": "passthrough"}), ["PODMAN_OPTION"]),
+        ({**ABOUT, "Mounts": [LAYERED]}, ["PODMAN_OPTION"]),
     ],
 )
 def test_what_of_podmans_container_cannot_move(about: dict[str, Any], expected: list[str]) -> None:
