@@ -32,9 +32,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from coordinator.agent import quiet_criu
 from coordinator.agent.obstacles import MOST_DELETED_BYTES
-from coordinator.agent.process import agent_program
+from coordinator.agent.quiet_criu import Requests
 from coordinator.errors import DumpFailed
 
 PRE_DUMP, POST_DUMP, POST_RESTORE = "pre-dump", "post-dump", "post-restore"
@@ -99,8 +98,11 @@ exec {program} "$@"
 #: Stands before ``criu`` in a runtime's PATH (``quiet_criu``).
 _CRIU = """#!/bin/sh
 # Written by livemove for one migration: no debug log of every step in the freeze.
-[ "$1" = swrk ] || exec {program} "$@"
-exec {quietly} {program} "$@"
+if [ "$1" = swrk ] && [ -e {door} ]; then
+    echo swrk $$ "$2" 1<>{reached}
+    read -r _ <{door}
+fi
+exec {program} "$@"
 """
 
 
@@ -132,22 +134,22 @@ class Hook:
         options = {"most_deleted": MOST_DELETED_BYTES, "script": script, "lazy": _LAZY if lazy else ""}
         self.config.write_text(_CONFIG.format(**options))
         self.programs.mkdir(mode=0o700)
+        door = folder / "door"
+        self._requests = Requests(door)
         self._stand_before("tar", _TAR)
-        self._stand_before("criu", _CRIU)
+        self._stand_before("criu", _CRIU, reached=quoted["reached"], door=shlex.quote(str(door)))
         # Read-write, so that neither side ever waits for the other to open its end (fifo(7), Linux).
         self._reached = os.open(reached, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         self._locks = {action: self._lock(action) for action in actions}
         self._arrivals: dict[str, asyncio.Future[int]] = {}
         asyncio.get_running_loop().add_reader(self._reached, self._hear)
 
-    def _stand_before(self, name: str, script: str) -> None:
+    def _stand_before(self, name: str, script: str, **values: str) -> None:
         """Have a script run in the place of a program of this host's."""
-        if (program := shutil.which(name)) is None:
-            return
-        quietly = shlex.join(agent_program(quiet_criu.__name__).argv)
-        shim = self.programs / name
-        shim.write_text(script.format(program=shlex.quote(program), quietly=quietly))
-        shim.chmod(0o700)
+        if (program := shutil.which(name)) is not None:
+            shim = self.programs / name
+            shim.write_text(script.format(program=shlex.quote(program), **values))
+            shim.chmod(0o700)
 
     def _lock(self, action: str) -> int:
         descriptor = os.open(self._folder / f"hold.{action}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -162,7 +164,9 @@ class Hook:
         with contextlib.suppress(BlockingIOError):
             for line in os.read(self._reached, 4096).decode().splitlines():
                 action, _, root_pid = line.partition(" ")
-                if not (arrival := self.arrival(action)).done():
+                if action == "swrk":
+                    self._requests.arrived(*map(int, root_pid.split()))
+                elif not (arrival := self.arrival(action)).done():
                     arrival.set_result(int(root_pid or 0))
 
     def doom(self, pids: Sequence[int]) -> None:
@@ -183,6 +187,7 @@ class Hook:
         """Release everything that is still held."""
         for action in tuple(self._locks):
             self.release(action)
+        self._requests.close()
         if self._reached >= 0:
             asyncio.get_running_loop().remove_reader(self._reached)
             os.close(self._reached)

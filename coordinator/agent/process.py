@@ -20,8 +20,6 @@ from pathlib import Path
 from coordinator.errors import CommandFailed, DeadlineExceeded
 
 PIPE_BYTES = 256 * 1024
-_ROOT = Path(__file__).resolve().parents[2]
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from {module} import main; sys.exit(main())"
 _HARMLESS = "Can't setup RLIMIT_NOFILE for self"
 
 
@@ -74,12 +72,6 @@ class Running:
     async def wait(self) -> int:
         """Exit status; negative for a signal."""
         return await self._process.wait()
-
-
-def agent_program(module: str, *arguments: str | int) -> Command:
-    """A module of the agent's as a program, which starts with as little of Python as it needs."""
-    code = _PROGRAM.format(module=module)
-    return Command((sys.executable, "-I", "-S", "-c", code, str(_ROOT), *map(str, arguments)), {})
 
 
 async def start(command: Command, output: Path, *, inherit: Sequence[int] = ()) -> Running:

@@ -1,26 +1,28 @@
-"""Stands before ``criu`` in a runtime's PATH: has a CRIU that is asked to log every step log errors and warnings alone.
+"""Has a CRIU that is asked to log every step log errors and warnings alone.
 
 runc and crun ask for CRIU's debug log, in their request, and no configuration file overrules that (criu/cr-service.c,
 setup_logging_from_req). It formats and writes some 35 lines for each connection, in the freeze.
 
-``criu swrk FD`` reads one request from its end of a pair of sockets (criu/cr-service.c, cr_service_work). We look at it
-without taking it, and if we can, put one in its place that says the same and asks for less: through the other end,
-which the runtime has and the kernel copies for us (pidfd_getfd(2)). Then this process becomes CRIU, and nobody stands
-between the two. Where any of that is not as we know it, CRIU gets the request as it was: that is merely slower.
+``criu swrk FD`` reads one request from its end of a pair of sockets (criu/cr-service.c, cr_service_work). A script that
+stands before it in the runtime's PATH tells us that it is there, waits for a line from us, and becomes CRIU (``hook``).
+Meanwhile we look at the request without taking it, and if we can, put one in its place that says the same and asks for
+less: through the other end, which the runtime has and the kernel copies for us (pidfd_getfd(2)). Afterwards nobody
+stands between the two. Where any of that is not as we know it, CRIU gets the request as it was: that is merely slower.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import fcntl
 import os
 import socket
 import stat
 import struct
-import sys
 import termios
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 #: images/rpc.proto: of criu_req the ``type`` with a dump or a restore, the ``opts``; of these ``log_level``, 2 for
 #: warnings, which is CRIU's own default. Of what is sent twice the last one counts (Protocol Buffers, encoding).
@@ -35,7 +37,7 @@ _MOST_BYTES = 128 * 1024
 _PIDFD_GETFD = 438
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long,) * 4
 
@@ -77,20 +79,67 @@ def _as_varint(value: int) -> bytes:
     return bytes((*(each | 0x80 for each in digits[:-1]), digits[-1]))
 
 
-def ask_for_less(criu_end: int) -> bool:
-    """Put a quieter request in the place of the one that waits at the descriptor; whether that was done.
+def ask_for_less(ours: socket.socket) -> bool:
+    """Put a quieter request in the place of the one that waits at CRIU's end; whether that was done.
 
-    Waits for the request. Raises ``OSError`` where it cannot be replaced; then it still waits there."""
-    with socket.socket(fileno=os.dup(criu_end)) as ours:
-        request, _, flags, _ = ours.recvmsg(_MOST_BYTES, 0, socket.MSG_PEEK)
-        instead = quieter(request)
-        if instead is None or flags & socket.MSG_TRUNC:
-            return False
-        pid, _, _ = _CREDENTIALS.unpack(ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-        with _other_end(pid) as theirs:
-            theirs.send(instead)
-        ours.recv(_MOST_BYTES)  # the first of the two
-        return True
+    Raises ``OSError``, ``ValueError`` or ``IndexError`` where it cannot be replaced; then it still waits there."""
+    request, _, flags, _ = ours.recvmsg(_MOST_BYTES, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    instead = quieter(request)
+    if instead is None or flags & socket.MSG_TRUNC:
+        return False
+    pid, _, _ = _CREDENTIALS.unpack(ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    with _other_end(pid) as theirs:
+        theirs.send(instead, socket.MSG_DONTWAIT)
+    ours.recv(_MOST_BYTES)  # the first of the two
+    return True
+
+
+class Requests:
+    """Attends to the scripts that stand before CRIU, for as long as it is open: then they wait for nobody."""
+
+    def __init__(self, door: Path) -> None:
+        """``door``: where a script reads a line. If we are gone, there is an end of file to read, or nothing there."""
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        self._waiting: dict[int, socket.socket] = {}
+        self._door = door
+        door.symlink_to(f"/proc/{os.getpid()}/fd/{self._reader}")
+
+    def arrived(self, pid: int, descriptor: int) -> None:
+        """A script is there, CRIU's end is this descriptor of it: let it go on as soon as the request is replaced."""
+        try:
+            process = os.pidfd_open(pid)
+            try:
+                ours = _copy(process, descriptor)
+            finally:
+                os.close(process)
+        except OSError:
+            self._go_on()
+            return
+        self._waiting[ours.fileno()] = ours
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._asked, ours.fileno())
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._door.unlink(missing_ok=True)
+        for number in tuple(self._waiting):
+            self._leave(number)
+        for descriptor in (self._reader, self._writer):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._reader = self._writer = -1
+
+    def _asked(self, number: int) -> None:
+        with suppress(OSError, ValueError, IndexError):
+            ask_for_less(self._waiting[number])
+        self._leave(number)
+        self._go_on()
+
+    def _leave(self, number: int) -> None:
+        asyncio.get_running_loop().remove_reader(number)
+        self._waiting.pop(number).close()
+
+    def _go_on(self) -> None:
+        os.write(self._writer, b"\n")
 
 
 def _other_end(pid: int) -> socket.socket:
@@ -112,27 +161,27 @@ def _packet_sockets(pid: int, process: int) -> Iterator[socket.socket]:
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             with suppress(OSError):  # closed meanwhile
-                if not stat.S_ISSOCK(entry.stat().st_mode):
-                    continue
-                if (copied := int(_libc.syscall(_PIDFD_GETFD, process, int(entry.name), 0))) < 0:
-                    continue
-                candidate = socket.socket(fileno=copied)
-                if (candidate.family, candidate.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-                    yield candidate
-                else:
-                    candidate.close()
+                if stat.S_ISSOCK(entry.stat().st_mode):
+                    candidate = _copy(process, int(entry.name))
+                    if (candidate.family, candidate.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+                        yield candidate
+                    else:
+                        candidate.close()
+
+
+def _copy(process: int, descriptor: int) -> socket.socket:
+    """A socket of another process, for us too. Raises ``OSError``, also where it is none."""
+    copied = int(_libc.syscall(_PIDFD_GETFD, process, descriptor, 0))
+    if copied < 0:
+        raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+    try:
+        return socket.socket(fileno=copied)
+    except OSError:
+        os.close(copied)
+        raise
 
 
 def _unread(candidate: socket.socket) -> bool:
     """Whether there is something that the other side has not read yet (unix(7), SIOCOUTQ)."""
     (unread,) = struct.unpack("=i", fcntl.ioctl(candidate, termios.TIOCOUTQ, bytes(4)))
     return bool(unread)
-
-
-def main() -> None:
-    """``quiet_criu CRIU ARGUMENTS…``: becomes that program."""
-    criu, *arguments = sys.argv[1:]
-    with suppress(OSError, ValueError, IndexError):
-        if arguments[0] == "swrk":
-            ask_for_less(int(arguments[1]))
-    os.execv(criu, ["criu", *arguments])

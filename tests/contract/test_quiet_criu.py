@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-import subprocess
-from collections.abc import Callable
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from coordinator.agent import quiet_criu
-from coordinator.agent.process import agent_program
+from coordinator.agent.hook import PRE_DUMP, Hook
 from coordinator.agent.quiet_criu import ask_for_less, quieter
 
 #: criu_req: type 1 (dump), opts {images_dir_fd 7, pid 300, log_level 4, log_file "dump.log"}.
@@ -60,7 +60,7 @@ def test_a_request_is_replaced_where_it_waits_and_the_sockets_stay_what_they_are
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, ours:
         theirs.send(DUMP)
-        assert ask_for_less(ours.fileno())
+        assert ask_for_less(ours)
         assert ours.recv(4096) == QUIET_DUMP
         ours.send(b"answer")
         assert theirs.recv(4096) == b"answer"
@@ -76,43 +76,76 @@ def test_with_two_that_may_be_the_other_end_the_request_is_left_as_it_was() -> N
         other.send(b"something else")
         theirs.send(DUMP)
         with pytest.raises(OSError, match="2 sockets"):
-            ask_for_less(ours.fileno())
+            ask_for_less(ours)
         assert ours.recv(4096) == DUMP
         assert unread.recv(4096) == b"something else"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., bytes]:
-    """Runs the program in front of a stand-in for CRIU; returns what that says."""
-    stand_in = tmp_path / "criu"
+async def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hook]:
+    """A hook on a host whose CRIU is the stand-in."""
+    stand_in = tmp_path / "bin" / "criu"
+    stand_in.parent.mkdir()
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o700)
-    program = agent_program(quiet_criu.__name__, str(stand_in)).argv
-
-    def start(*arguments: str, inherit: tuple[int, ...] = ()) -> bytes:
-        return subprocess.run([*program, *arguments], pass_fds=inherit, stdout=subprocess.PIPE, check=True).stdout
-
-    return start
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    made = Hook(tmp_path / "it's a hook", tmp_path / "journal", (PRE_DUMP,), lazy=False)
+    yield made
+    made.close()
 
 
-def test_the_program_becomes_criu_which_reads_the_quieter_request(run: Callable[..., bytes]) -> None:
-    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs, ours:
-        theirs.send(DUMP)
-        assert run("swrk", str(ours.fileno()), inherit=(ours.fileno(),)) == QUIET_DUMP
+async def begin(hook: Hook, *arguments: str, inherit: tuple[int, ...] = ()) -> asyncio.subprocess.Process:
+    """CRIU as a runtime starts it."""
+    program = str(hook.programs / "criu")
+    return await asyncio.create_subprocess_exec(program, *arguments, stdout=PIPE, pass_fds=inherit)
 
 
-def test_a_runtime_that_is_gone_reaches_criu_too(run: Callable[..., bytes]) -> None:
+async def said(process: asyncio.subprocess.Process) -> bytes:
+    async with asyncio.timeout(20):
+        output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_criu_reads_the_quieter_request(hook: Hook, early: bool) -> None:
+    """Whether the request is sent before CRIU is started or after it. A version is asked for first."""
+    for request_, read in ((b"\x08\x09", b"\x08\x09"), (DUMP, QUIET_DUMP)):
+        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, ours:
+            if early:
+                theirs.send(request_)
+            criu = await begin(hook, "swrk", str(ours.fileno()), inherit=(ours.fileno(),))
+            ours.close()
+            if not early:
+                await asyncio.sleep(0.1)
+                theirs.send(request_)
+            assert await said(criu) == read
+
+
+async def test_a_runtime_that_is_gone_reaches_criu_too(hook: Hook) -> None:
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.close()
     with ours:
-        assert run("swrk", str(ours.fileno()), inherit=(ours.fileno(),)) == b""
+        assert await said(await begin(hook, "swrk", str(ours.fileno()), inherit=(ours.fileno(),))) == b""
 
 
-def test_all_else_reaches_criu_as_it_is(run: Callable[..., bytes]) -> None:
-    assert run("dump", "--tree", "1") == b"dump --tree 1\n"
-    null = os.open(os.devnull, os.O_RDONLY)
-    try:
-        assert run("check", str(null)) == f"check {null}\n".encode()
-    finally:
-        os.close(null)
+@pytest.mark.parametrize("waits", [True, False])
+async def test_without_us_criu_reads_the_request_as_it_is(hook: Hook, waits: bool) -> None:
+    """Gone before the script comes, or while it waits for a request."""
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, ours:
+        if not waits:
+            hook.close()
+        criu = await begin(hook, "swrk", str(ours.fileno()), inherit=(ours.fileno(),))
+        await asyncio.sleep(0.1)
+        hook.close()
+        theirs.send(DUMP)
+        assert await said(criu) == DUMP
+
+
+async def test_all_else_reaches_criu_as_it_is(hook: Hook) -> None:
+    assert await said(await begin(hook, "dump", "--tree", "1")) == b"dump --tree 1\n"
+    with open(os.devnull) as no_socket:  # noqa: PTH123
+        number = str(no_socket.fileno())
+        assert await said(await begin(hook, "check", number)) == f"check {number}\n".encode()

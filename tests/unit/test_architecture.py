@@ -186,8 +186,7 @@ def test_one_file_starts_processes() -> None:
         calls = (ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
         if any(STARTS_A_PROCESS.fullmatch(call) for call in calls):
             starters.add(str(path.relative_to(ROOT)))
-    # The other is started by a runtime in the place of CRIU, and becomes it.
-    assert starters == {"coordinator/agent/process.py", "coordinator/agent/quiet_criu.py"}
+    assert starters == {"coordinator/agent/process.py"}
 
 
 def test_the_agent_needs_the_standard_library_and_pyroute2_alone() -> None:

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from coordinator.agent.memory import filler, guard
 from coordinator.agent.memory.pagemap_images import lazy_pages
 from coordinator.agent.memory.store import PAGE_BYTES, PageStore
 from coordinator.agent.messages import ChannelMessage, DroppedPages, PageBatch, ProcessGone, RoundEnd
-from coordinator.agent.process import Running, agent_program, describe_failure, first_explaining_line, start
+from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.errors import MemoryLost, NotEnoughSpace, RestoreFailed
 
 #: (pid, address, pages) → content, asked of the frozen source.
@@ -38,6 +39,14 @@ HOT_PAGES = 4096
 
 #: Where CRIU's restore looks for who fills in, in its working directory (criu/uffd.c, LAZY_PAGES_SOCK_NAME).
 _SOCKET = "lazy-pages.socket"
+_ROOT = Path(__file__).resolve().parents[3]
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from {module} import main; sys.exit(main())"
+
+
+def _program(module: str, *descriptors: int) -> Command:
+    """A module of the agent's as a program, which starts with as little of Python as it needs."""
+    code = _PROGRAM.format(module=module)
+    return Command((sys.executable, "-I", "-S", "-c", code, str(_ROOT), *map(str, descriptors)), {})
 
 
 class FillingMemory(Protocol):
@@ -133,7 +142,7 @@ class StoredMemory:
         ours.setblocking(False)
         self._to_guard = ours
         with theirs:
-            program = agent_program(guard.__name__, theirs.fileno())
+            program = _program(guard.__name__, theirs.fileno())
             self._guard = await start(program, work / "guard.output", inherit=(theirs.fileno(),))
         return self._guard.pid
 
@@ -144,7 +153,7 @@ class StoredMemory:
             self._listen(listener)
             inherited = (theirs.fileno(), listener.fileno(), self._store.pages_file, self._store.index_file)
             reader, self._to_filler = await asyncio.open_unix_connection(sock=ours)
-            program = agent_program(filler.__name__, *inherited)
+            program = _program(filler.__name__, *inherited)
             starting = asyncio.ensure_future(start(program, self._work / "filler.output", inherit=inherited))
             try:
                 self._filler = await asyncio.shield(starting)
