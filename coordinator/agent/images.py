@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +51,11 @@ class ImageSpace(Protocol):
         """The image files that are there."""
 
     def sizes(self) -> dict[str, int]:
-        """The image files, by name, with their bytes."""
+        """The image files, by name, with their bytes. Some 5 µs for each."""
+
+    @property
+    def written(self) -> Mapping[str, int]:
+        """Those of them that ``write`` has made, as far as it has come in each: known without a look at the files."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes of an image from ``offset``."""
@@ -71,6 +76,7 @@ class TmpfsImageSpace:
         self.work = self._base / "work"
         #: Where the first image is while who reads the images is held.
         self._aside = self._base / INVENTORY
+        self.written: dict[str, int] = {}
 
     async def create(self, size_bytes: int) -> None:
         """See ``ImageSpace``."""
@@ -120,9 +126,10 @@ class TmpfsImageSpace:
             raise ProtocolError(f"an image named {name!r} was sent")
         descriptor = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.pwrite(descriptor, data, offset)
+            end = offset + os.pwrite(descriptor, data, offset)  # less, where there is no room for all of it
         finally:
             os.close(descriptor)
+        self.written[name] = max(self.written.get(name, 0), end)
 
     def hold(self) -> ImageHold:
         """See ``ImageSpace``."""

@@ -74,8 +74,9 @@ async def receive_images(
         elif isinstance(message, StoredParts) and memory is not None:
             await asyncio.to_thread(_write_stored, message, images, memory)
         elif isinstance(message, ImagesComplete):
-            if (here := images.sizes()) != message.sizes:
-                raise ProtocolError(f"images of {sum(here.values())} bytes, {sum(message.sizes.values())} were sent")
+            if images.written != message.sizes:
+                here = sum(images.written.values())
+                raise ProtocolError(f"images of {here} bytes, {sum(message.sizes.values())} were sent")
             return message.pages_later, received
         elif isinstance(message, GiveUp):
             raise peer_aborted(message)

@@ -40,6 +40,7 @@ async def test_images_are_written_in_parts_and_read_back(space: ImageSpace) -> N
     space.write("empty.img", 0, b"")
     assert space.sizes() == {"pages-1.img": 6, "empty.img": 0}
     assert space.names() == {"pages-1.img", "empty.img"}
+    assert space.written == space.sizes()
     assert space.read("pages-1.img", 0, 100) == b"abcdef"
     assert space.read("pages-1.img", 4, 1) == b"e"
     assert space.read("pages-1.img", 6, 10) == b""
@@ -68,6 +69,20 @@ async def test_images_without_the_first_are_not_complete(space: ImageSpace) -> N
         hold.complete()
     hold.release()
     hold.release()
+
+
+async def test_what_did_not_fit_was_not_written(tmp_path: Path) -> None:
+    """A write on a full tmpfs is a short one, and an error only if nothing fits."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    real = TmpfsImageSpace("m-1", tmp_path / "run")
+    await real.create(64 << 10)
+    try:
+        real.write("pages-1.img", 0, bytes(SIZE))
+        assert real.written == real.sizes()
+        assert real.written["pages-1.img"] <= 64 << 10
+    finally:
+        await real.remove()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -39,6 +39,7 @@ class FakeImageSpace:
     def __init__(self, life: Life) -> None:
         self._life = life
         self._machine = life.machine
+        self.written: dict[str, int] = {}
 
     async def create(self, size_bytes: int) -> None:
         """See ``ImageSpace``."""
@@ -70,6 +71,7 @@ class FakeImageSpace:
             raise ProtocolError(f"an image named {name!r} was sent")
         before = self._files().get(name, b"")
         self._files()[name] = before[:offset].ljust(offset, b"\0") + data + before[offset + len(data) :]
+        self.written[name] = max(self.written.get(name, 0), offset + len(data))
 
     def hold(self) -> ImageHold:
         """See ``ImageSpace``."""

@@ -100,13 +100,13 @@ class SharedMemory:
 
     def images(self, space: ImageSpace) -> dict[str, tuple[int, list[Span]]]:
         """By name, the pages images of which the destination has a part: the object's number, and the spans."""
-        names = space.sizes()
         found: dict[str, tuple[int, list[Span]]] = {}
+        sizes = space.sizes() if self._objects else {}
         for (_, inode), number in self._objects.items():
             name = f"pagemap-shmem-{inode}.img"
-            if name not in names:
+            if name not in sizes:
                 continue
-            pages_image, entries = parse(space.read(name, 0, names[name]), name)
+            pages_image, entries = parse(space.read(name, 0, sizes[name]), name)
             offset = 0
             spans: list[Span] = []
             for entry in entries:

@@ -62,6 +62,10 @@ class Images:
     def hold(self) -> ImageHold:
         raise NotImplementedError
 
+    @property
+    def written(self) -> dict[str, int]:
+        raise NotImplementedError
+
     def names(self) -> set[str]:
         return set(self.files)
 
