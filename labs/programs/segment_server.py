@@ -1,12 +1,14 @@
 """The memory service with a System V segment, which CRIU moves only with its IPC namespace: for containers.
 
 The process that listens has it attached for writing, and once more for reading. One worker has it attached twice, and
-writes through both; the other is a visitor: it attaches the segment every `VISIT_EVERY_S`, writes to it, punches a hole
-into it and detaches. Children that come and go do not have it, so their coming and going says nothing of it.
+writes through both; the other is a visitor: from the first check of all memory on it attaches the segment every
+`VISIT_EVERY_S`, writes to it, punches a hole into it and detaches. Children that come and go do not have it, so their
+coming and going says nothing of it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from labs.programs.ballast import PAGE_BYTES
 from labs.programs.memory_regions import Changing, Region, Segment
 from labs.programs.memory_server import WORKERS, Family, Memory
 
-VISIT_EVERY_S = 30.0
+VISIT_EVERY_S = 1.0
 LISTENER, WORKER, VISITOR = range(WORKERS + 1)
 
 
@@ -36,7 +38,7 @@ class SegmentMemory(Memory):
         """See `Memory`: the attachments of who it was are not those of a child."""
         super().becomes(process)
         self._visits = process == VISITOR
-        self._visited = time.monotonic()
+        self._visited = math.inf
         self._segment.mine = range(process, self._segment.pages, WORKERS + 1)
         if process != LISTENER:
             self._addresses = [self._segment.attach() for _ in range(2) if process == WORKER]

@@ -12,7 +12,6 @@ import pytest
 from labs import workloads
 from labs.lab import Lab
 from labs.machines import Host
-from labs.programs.segment_server import VISIT_EVERY_S
 from labs.workloads import listening_pids
 from tests.integration.command import Livemove, Said, livemove, migrate
 from tests.integration.faults import (
@@ -88,11 +87,9 @@ def test_a_system_v_segment_is_sent_before_the_freeze(lab: Lab) -> None:
     """If nobody comes while it is copied; and not what was there before a visit, if somebody does."""
     with scene_of(lab, "counter", 64, 1, SEGMENTS) as scene:
         until(lambda: time.time() - last_visit(scene) > 4, "a while without a visit")
-        visited = last_visit(scene)
         sent = move(scene, "beta").report["bytes"]
-        if time.time() - visited < VISIT_EVERY_S:  # else the machine is slow, and somebody came meanwhile
-            assert sent["frozen"] < 60 * MEBIBYTE < sent["pre_copy"]  # the segment has as many
-        until(lambda: time.time() - last_visit(scene) > VISIT_EVERY_S - 1, "the time of a visit", VISIT_EVERY_S * 2)
+        assert sent["frozen"] < 60 * MEBIBYTE < sent["pre_copy"]  # the segment has as many
+        # Its memory has been checked, and from then on there are visits, some in every move.
         move(scene, "alpha")
 
 
