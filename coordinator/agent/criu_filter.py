@@ -46,6 +46,7 @@ from coordinator.agent.memory.scan_answer import ScanAnswerer
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.memory.userfault import ioctl_number, take_out
+from coordinator.agent.other_processes import KCMP
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import LivemoveError, TrackingFailed
 
@@ -56,15 +57,14 @@ class _Numbers:
 
     architecture: int
     ioctl: int
-    kcmp: int
     mmap: int
     munmap: int
     seccomp: int
 
 
 _MACHINES = {
-    "x86_64": _Numbers(0xC000003E, 16, 312, 9, 11, 317),
-    "aarch64": _Numbers(0xC00000B7, 29, 272, 222, 215, 277),
+    "x86_64": _Numbers(0xC000003E, 16, 9, 11, 317),
+    "aarch64": _Numbers(0xC00000B7, 29, 222, 215, 277),
 }
 
 #: Opcodes of include/uapi/linux/bpf_common.h, and of struct seccomp_data the offsets of number, architecture and the
@@ -95,7 +95,7 @@ def filter_program(machine: str, *, scans: bool = True, epolls: bool = False) ->
     (``registers``)."""
     numbers = _MACHINES[machine]
     rules = [(numbers.ioctl, _SECOND, PAGEMAP_SCAN, _USER_NOTIF)] if scans else []
-    rules += [(numbers.kcmp, _THIRD, KCMP_EPOLL_TFD, _RETURN_0)] if epolls else []
+    rules += [(KCMP[machine], _THIRD, KCMP_EPOLL_TFD, _RETURN_0)] if epolls else []
     code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 0, 1 + 4 * len(rules), numbers.architecture)]
     code.append((_LOAD, 0, 0, _NUMBER))
     for left, (number, argument, value, verdict) in zip(reversed(range(len(rules))), rules, strict=True):

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from coordinator.agent.other_processes import kcmp
 from coordinator.agent.tasks import process_tree
 
 #: A number, inode and device of an entry (fs/eventpoll.c, ep_show_fdinfo).
@@ -32,7 +33,7 @@ _ENTRY = re.compile(rb"^tfd:\s*(\d+) .* ino:([0-9a-f]+) sdev:([0-9a-f]+)$", re.M
 #: What readlink(2) says of descriptors (proc(5)).
 _SOCKET, _EPOLL = "socket:[", "anon_inode:[eventpoll]"
 
-_KCMP, KCMP_EPOLL_TFD = {"x86_64": 312, "aarch64": 272}, 7
+KCMP_EPOLL_TFD = 7
 _SLOT = struct.Struct("=III")  # struct kcmp_epoll_slot
 #: Of so many entries of an epoll that are no sockets the kernel is asked; of more of them CRIU may ask itself.
 MOST_ASKED = 64
@@ -40,10 +41,6 @@ MOST_ASKED = 64
 #: What things take in the freeze, in microseconds (measured: docs/performance.md): the kernel to pass an entry while it
 #: looks for another; us to look at an entry; to put CRIU under the filter.
 _STEP_US, _LOOK_US, _FILTER_US = 0.0075, 8, 6000
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_void_p)
 
 
 class Entry(NamedTuple):
@@ -122,9 +119,8 @@ def opened(pid: int) -> Opened:
 
 def is_entry(pid: int, epoll: int, number: int) -> bool:
     """Whether an epoll's entry of a number is the file that has the number now; ``False`` where that cannot be told."""
-    call = _KCMP.get(os.uname().machine)
     slot = ctypes.create_string_buffer(_SLOT.pack(epoll, number, 0), _SLOT.size)
-    return call is not None and int(_libc.syscall(call, pid, pid, KCMP_EPOLL_TFD, number, ctypes.addressof(slot))) == 0
+    return kcmp(pid, pid, KCMP_EPOLL_TFD, number, ctypes.addressof(slot)) == 0
 
 
 def _as_numbered(pid: int) -> bool:

@@ -13,24 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import os
 import re
 import socket
 from collections.abc import Iterator
 
+from coordinator.agent.other_processes import copy_descriptor
 from coordinator.agent.tasks import PROC, process_tree
 
 #: So many descriptors are looked at (some 10 µs each) before others have their turn.
 BATCH = 50
 
-#: pidfd_getfd(2) has one number on every machine.
-_PIDFD_GETFD = 438
 _SOCKET = re.compile(r"socket:\[\d+\]")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 async def mend_segment_sizes(root_pid: int) -> None:
@@ -48,12 +43,12 @@ async def mend_segment_sizes(root_pid: int) -> None:
 
 
 def _mend(process: int, descriptor: int) -> None:
-    copied = _libc.syscall(_PIDFD_GETFD, process, descriptor, 0)
-    if copied < 0:
-        code = ctypes.get_errno()
-        if code in (errno.EBADF, errno.ESRCH):  # closed meanwhile, or ended
+    try:
+        copied = copy_descriptor(process, descriptor)
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ESRCH):  # closed meanwhile, or ended
             return
-        raise OSError(code, os.strerror(code))
+        raise
     with socket.socket(fileno=copied) as sock:
         if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
             with contextlib.suppress(OSError):  # not connected any more, or of another protocol

@@ -13,7 +13,6 @@ stands between the two. Where any of that is not as we know it, CRIU gets the re
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import fcntl
 import os
 import socket
@@ -24,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from coordinator.agent.other_processes import copy_descriptor
+
 #: images/rpc.proto: of criu_req the ``type`` with a dump or a restore, the ``opts``; of these ``log_level``, 2 for
 #: warnings, which is CRIU's own default. Of what is sent twice the last one counts (Protocol Buffers, encoding).
 _TYPE, _DUMP_OR_RESTORE, _OPTIONS = 1, (1, 2), 2
@@ -33,13 +34,7 @@ _NUMBER, _BYTES = 0, 2
 #: Requests have some hundred bytes, more with many mounts.
 _MOST_BYTES = 128 * 1024
 
-#: One number on every machine.
-_PIDFD_GETFD = 438
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = (ctypes.c_long,) * 4
 
 
 def quieter(request: bytes) -> bytes | None:
@@ -171,9 +166,7 @@ def _packet_sockets(pid: int, process: int) -> Iterator[socket.socket]:
 
 def _copy(process: int, descriptor: int) -> socket.socket:
     """A socket of another process, for us too. Raises ``OSError``, also where it is none."""
-    copied = int(_libc.syscall(_PIDFD_GETFD, process, descriptor, 0))
-    if copied < 0:
-        raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+    copied = copy_descriptor(process, descriptor)
     try:
         return socket.socket(fileno=copied)
     except OSError:

@@ -14,8 +14,6 @@ itself keeps account (``segments``).
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,6 +21,7 @@ from coordinator.agent.memory.base import ProcessChanges, Tracker
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.segments import Segments
 from coordinator.agent.memory.snapshot import scan_all
+from coordinator.agent.other_processes import kcmp
 from coordinator.agent.process import start_time, stat_fields
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
@@ -30,13 +29,8 @@ from coordinator.errors import TrackingFailed
 #: Makes the tracker of one process; raises ``TargetGone`` or ``TrackingFailed``.
 MakeTracker = Callable[[int], Tracker]
 
-_KCMP = {"x86_64": 312, "aarch64": 272}
 _KCMP_VM = 1
 _SIGCHLD = 17
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = (ctypes.c_long,) * 6
 
 
 class _Member:
@@ -161,8 +155,7 @@ class TreeTracker:
 
     def _shares_memory(self, pid: int) -> bool:
         """Whether a process that is new has the memory of one we know, which speaks for it."""
-        number = _KCMP.get(os.uname().machine, -1)
-        return any(_libc.syscall(number, pid, known, _KCMP_VM, 0, 0) == 0 for known in self._members)
+        return any(kcmp(pid, known, _KCMP_VM) == 0 for known in self._members)
 
     def _attach(self, member: _Member) -> None:
         member.tracker = self._make(member.pid)

@@ -16,6 +16,7 @@ from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.registers import this_machine
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.other_processes import copy_descriptor, kcmp
 from coordinator.errors import TrackingFailed
 
 UFFD_API = 0xAA
@@ -24,14 +25,7 @@ FEATURE_WP_HUGETLBFS_SHMEM, FEATURE_WP_UNPOPULATED, FEATURE_WP_ASYNC = 1 << 12, 
 FEATURES = FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC
 REGISTER_MODE_WP = 1 << 1
 
-#: pidfd_getfd(2) and kcmp(2); the first has one number on every machine.
-_PIDFD_GETFD = 438
-_KCMP = {"x86_64": 312, "aarch64": 272}
 _KCMP_FILE = 0
-
-_libc = ctypes.PyDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = (ctypes.c_long,) * 6
 
 
 class Api(ctypes.Structure):
@@ -109,23 +103,24 @@ def take_out(thread: StoppedThread, process: int, number: int) -> int:
     """Copy a descriptor that the thread has just made through the pidfd ``process``, and close it there."""
     machine = this_machine()
     assert machine is not None, "with_stopped_thread has checked"
-    mine = int(_libc.syscall(_PIDFD_GETFD, process, number, 0, 0, 0))
-    reason = os.strerror(ctypes.get_errno())
-    # Another thread of the target could have closed the number and opened a file of its own under it: leave that.
-    same = mine >= 0 and same_file(thread.tid, number, os.getpid(), mine)
-    if same or mine < 0:
+    try:
+        mine = copy_descriptor(process, number)
+    except OSError as error:
         thread.call(machine.close, number)
-    if mine < 0:
-        raise TrackingFailed(f"process {thread.pid}: a descriptor cannot be copied out of it ({reason})")
-    if not same:
+        raise TrackingFailed(
+            f"process {thread.pid}: a descriptor cannot be copied out of it ({error.strerror})"
+        ) from error
+    # Another thread of the target could have closed the number and opened a file of its own under it: leave that.
+    if not same_file(thread.tid, number, os.getpid(), mine):
         os.close(mine)
         raise TrackingFailed(f"process {thread.pid}: its threads have descriptor tables of their own")
+    thread.call(machine.close, number)
     return mine
 
 
 def same_file(pid: int, descriptor: int, other_pid: int, other: int) -> bool:
     """Whether two descriptors of two processes are one open file (kcmp(2)); ``True`` where the kernel cannot tell."""
-    result = int(_libc.syscall(_KCMP.get(os.uname().machine, -1), pid, other_pid, _KCMP_FILE, descriptor, other))
+    result = kcmp(pid, other_pid, _KCMP_FILE, descriptor, other)
     return result == 0 or (result < 0 and ctypes.get_errno() not in (errno.EBADF, errno.ESRCH))
 
 
