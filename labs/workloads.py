@@ -49,6 +49,7 @@ SERVICE_FILES = (
     "pattern_server.py",
     "puppet.py",
     "segment_server.py",
+    "shared_server.py",
 )
 
 #: Puts files into a directory, each whole or not at all; in one go, because every program run on a host takes 30 ms.

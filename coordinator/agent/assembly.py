@@ -20,6 +20,7 @@ from coordinator.agent.images import RUN_DIR, TmpfsImageSpace
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import StoredMemory
+from coordinator.agent.memory.memfds import Memfds
 from coordinator.agent.memory.segments import segments_of
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.mending import mend_segment_sizes
@@ -115,8 +116,10 @@ def _track(root_pid: int) -> TreeTracker:
     choice = choose_tracker()
     if choice.make is None:
         raise TrackingFailed(f"this kernel cannot tell which pages were written: {choice.reason}")
+    if choice.name == "write_protect":
+        return TreeTracker(root_pid, choice.make, segments_of(root_pid), Memfds())
     # Of shared memory, soft-dirty bits tell nothing: what is dirty in every round is better sent once, with the images.
-    return TreeTracker(root_pid, choice.make, segments_of(root_pid) if choice.name == "write_protect" else None)
+    return TreeTracker(root_pid, choice.make)
 
 
 def source_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> SourceHalf:

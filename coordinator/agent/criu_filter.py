@@ -1,7 +1,7 @@
 """Puts CRIU under a seccomp filter that keeps it from doing in the freeze what we have done, or do sooner.
 
 - Its PAGEMAP_SCAN calls are handed to us (seccomp_unotify(2)), so that it does not see the pages that we send
-  (``memory/hidden_pages``).
+  (``memory/hidden_pages``); and so is its question where a file has data (lseek(2), SEEK_DATA), for shared memory.
 - Its questions whether an entry of an epoll is what its number says are answered in the kernel with yes, if we have
   seen that all of them are (``epolls``).
 
@@ -10,8 +10,9 @@ check_ptrace_options; kernel/seccomp.c, seccomp_get_filter), and CRIU does both 
 gets ours when it has done that: it is held in the moment in which it opens an image of the root, the first task it
 dumps (criu/cr-dump.c, cr_dump_tasks, dump_one_task), and makes the call by injection, as a task makes its userfaultfd.
 That is the page map, which comes directly before the first page (criu/page-xfer.c, open_page_local_xfer), or, for the
-epolls' sake, that of its ids, which comes directly before its files. (An image is opened when something is written to
-it: criu/image.c, open_image_at.)
+epolls' sake, that of its ids, which comes directly before its files; or before both that of a shared object, which is
+dumped while the mappings are gathered. (An image is opened when something is written to it: criu/image.c,
+open_image_at.)
 
 In that moment all tasks are frozen, and CRIU has touched nothing of theirs: whoever has to know how things are then
 (``at_freeze``) is called first.
@@ -24,6 +25,7 @@ before that leaves a dump that sees all, and takes longer.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -57,14 +59,15 @@ class _Numbers:
 
     architecture: int
     ioctl: int
+    lseek: int
     mmap: int
     munmap: int
     seccomp: int
 
 
 _MACHINES = {
-    "x86_64": _Numbers(0xC000003E, 16, 9, 11, 317),
-    "aarch64": _Numbers(0xC00000B7, 29, 222, 215, 277),
+    "x86_64": _Numbers(0xC000003E, 16, 8, 9, 11, 317),
+    "aarch64": _Numbers(0xC00000B7, 29, 62, 222, 215, 277),
 }
 
 #: Opcodes of include/uapi/linux/bpf_common.h, and of struct seccomp_data the offsets of number, architecture and the
@@ -90,11 +93,12 @@ _CONTINUE, _SYNC_WAKE_UP = 1, 1
 
 
 def filter_program(machine: str, *, scans: bool = True, epolls: bool = False) -> bytes:
-    """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …), say yes to kcmp(…, KCMP_EPOLL_TFD, …), and
-    allow the rest, as well as calls of other ways into the kernel (32 bit). Knows the machines that trackers know
-    (``registers``)."""
+    """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …) and lseek(…, SEEK_DATA), say yes to
+    kcmp(…, KCMP_EPOLL_TFD, …), and allow the rest, as well as calls of other ways into the kernel (32 bit). Knows the
+    machines that trackers know (``registers``)."""
     numbers = _MACHINES[machine]
     rules = [(numbers.ioctl, _SECOND, PAGEMAP_SCAN, _USER_NOTIF)] if scans else []
+    rules += [(numbers.lseek, _THIRD, os.SEEK_DATA, _USER_NOTIF)] if scans else []
     rules += [(KCMP[machine], _THIRD, KCMP_EPOLL_TFD, _RETURN_0)] if epolls else []
     code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 0, 1 + 4 * len(rules), numbers.architecture)]
     code.append((_LOAD, 0, 0, _NUMBER))
@@ -181,8 +185,11 @@ class CriuFilter:
         if self._hidden is None and self._epolls is None and self._at_freeze is None:
             return
         kind = "pagemap" if self._epolls is None else "ids"
+        names = [f"{kind}-{inner_pid(self._root_pid)}.img"]
+        if self._hidden is not None:
+            names += [f"pagemap-shmem-{inode}.img" for inode in self._hidden.may_hide]
         try:
-            held = HeldOpen(self._images / f"{kind}-{inner_pid(self._root_pid)}.img")
+            held = HeldOpen(*(self._images / name for name in names))
         except OSError as error:
             self._refused(str(error))
             return
@@ -236,6 +243,7 @@ def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
     """Answer until nobody is left who could ask, or the descriptor ``until`` is readable."""
     with suppress(OSError):  # Linux 6.6: who is answered goes on at once, on our processor
         fcntl.ioctl(listener, _SET_FLAGS, _SYNC_WAKE_UP)
+    seek = _MACHINES[os.uname().machine].lseek
     poller = select.poll()
     poller.register(listener, select.POLLIN)
     poller.register(until, select.POLLIN)
@@ -245,9 +253,14 @@ def _answer_all(listener: int, until: int, answerer: ScanAnswerer) -> None:
             fcntl.ioctl(listener, _RECEIVE, received)
         except (FileNotFoundError, InterruptedError):  # who asked was killed meanwhile; or a signal came to us
             continue
-        number, scanner, _, _, _, _, descriptor, _, address, _, _, _ = _NOTIFICATION.unpack(received)
-        answer = answerer.answer(scanner, descriptor, address, partial(_waits, listener, number))
-        response = (number, 0, 0, _CONTINUE) if answer is None else (number, answer, 0, 0)
+        number, asker, _, call, _, _, descriptor, _, address, _, _, _ = _NOTIFICATION.unpack(received)
+        waits = partial(_waits, listener, number)
+        if call == seek:
+            hidden = answerer.is_hidden(asker, descriptor, waits)
+            response = (number, 0, -errno.ENXIO, 0) if hidden else (number, 0, 0, _CONTINUE)
+        else:
+            answer = answerer.answer(asker, descriptor, address, waits)
+            response = (number, 0, 0, _CONTINUE) if answer is None else (number, answer, 0, 0)
         with suppress(FileNotFoundError):  # killed meanwhile
             fcntl.ioctl(listener, _SEND, _RESPONSE.pack(*response))
 

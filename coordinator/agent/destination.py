@@ -173,7 +173,7 @@ class DestinationHalf(HalfWithMemory):
         root_pid = await self._staged(restore, self._go)
         self.part("CRIU restores")
         if self._memory is not None:
-            await self._memory.watch(root_pid)
+            self.warn(*(f"{self.host}: {remark}" for remark in await self._memory.watch(root_pid)))
             self.part("guard watches")
 
     async def _track(self, entries: bytes) -> None:

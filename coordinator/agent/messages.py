@@ -137,6 +137,28 @@ class PageBatch(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedObject(ChannelMessage):
+    """Source: pages of the pid ``number``, which is below zero, are those of a shared object, by their offsets in it.
+    ``name`` as for memfd_create(2); ``sealable``: with MFD_ALLOW_SEALING."""
+
+    number: int
+    name: str
+    sealable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOver(ChannelMessage):
+    """Source, frozen: all of a shared object was sent, ``size`` in bytes. The images have it empty; what CRIU restores
+    when it opens ``image`` is to be the destination's own. The process ``pid`` has it mapped at ``address``."""
+
+    number: int
+    image: str
+    size: int
+    pid: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedPages(ChannelMessage):
     """Source: these pages hold nothing any more (unmapped, discarded, zero)."""
 

@@ -77,13 +77,14 @@ def cli() -> None:
     metavar="N,N,…",
     default="64,512,2048",
     show_default=True,
-    help="Private memory in MB.",
+    help="Memory in MB.",
 )
+@click.option("--shared", is_flag=True, help="One anonymous shared mapping, as a database has; else private memory.")
 @click.option("--dirty-mb-s", type=click.FloatRange(0, 1000), default=10, show_default=True)
 @click.option("--runs", type=click.IntRange(1, 50), default=5, show_default=True, help="Of which medians are shown.")
 @_shared
 def memory_command(
-    *, sizes: tuple[int, ...], dirty_mb_s: float, runs: int, mode: str, name: str, as_json: bool
+    *, sizes: tuple[int, ...], shared: bool, dirty_mb_s: float, runs: int, mode: str, name: str, as_json: bool
 ) -> None:
     """Move a service with much memory, by livemove and plainly in turn.
 
@@ -97,7 +98,7 @@ def memory_command(
       labs/bench memory --sizes 64 --runs 1 --mode stop-copy --json
     """
     steps, found = Steps(Console(stderr=True)), list[Row]()
-    bench = MemoryBench(Settings(name, mode, steps), sizes, dirty_mb_s, runs)
+    bench = MemoryBench(Settings(name, mode, steps), sizes, dirty_mb_s, runs, shared)
     _run(bench, name, found, "cases", memory_tables, as_json=as_json)
 
 

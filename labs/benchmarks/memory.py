@@ -48,6 +48,7 @@ class MemoryBench:
     sizes_mb: Sequence[int]
     dirty_mb_s: float
     runs: int
+    shared: bool = False
 
     def run(self, cases: list[Row], problems: list[str]) -> None:
         """Fill in one case a size, as they come."""
@@ -59,7 +60,7 @@ class MemoryBench:
                     cases.append(self._case(lab, size_mb, problems))
 
     def _case(self, lab: Lab, size_mb: int, problems: list[str]) -> Row:
-        service = Service.started(lab, memory_mb=size_mb, dirty_mb_s=self.dirty_mb_s)
+        service = self._started(lab, size_mb)
         used_mb = service.used_memory_mb()
         taken: dict[str, list[Row]] = {LIVEMOVE: [], PLAIN: []}
         for number in range(self.runs):
@@ -69,7 +70,7 @@ class MemoryBench:
                     row = self._one(service, kind)
                 except LabError as error:
                     problems.append(f"{size_mb} MB, run {number + 1}, {kind}: {error}")
-                    service = Service.started(lab, memory_mb=size_mb, dirty_mb_s=self.dirty_mb_s)
+                    service = self._started(lab, size_mb)
                     continue
                 taken[kind].append(row)
                 self.settings.steps.note(
@@ -79,6 +80,7 @@ class MemoryBench:
         workloads.stop(lab, service.workload)
         return {
             "memory_mb": size_mb,
+            "memory": "shared" if self.shared else "private",
             "used_memory_mb": used_mb,
             "dirty_mb_s": self.dirty_mb_s,
             "mode": "/".join(sorted({row["mode"] for row in taken[LIVEMOVE]})) or self.settings.mode,
@@ -87,6 +89,10 @@ class MemoryBench:
             PLAIN: summary(taken[PLAIN], used_mb),
             **ratios(taken[LIVEMOVE], taken[PLAIN]),
         }
+
+    def _started(self, lab: Lab, size_mb: int) -> Service:
+        program = "shared_server" if self.shared else "pattern_server"
+        return Service.started(lab, memory_mb=size_mb, dirty_mb_s=self.dirty_mb_s, program=program)
 
     def _one(self, service: Service, kind: str) -> Row:
         """One move under the eyes of a client, and what it looked like."""

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labs import workloads
@@ -66,9 +66,12 @@ class Service:
     workload: workloads.Workload
 
     @classmethod
-    def started(cls, lab: Lab, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Service:
+    def started(
+        cls, lab: Lab, *, memory_mb: int = 0, dirty_mb_s: float = 0.0, program: str = "pattern_server"
+    ) -> Service:
         """A service that was just started on the first host."""
-        workload = workloads.Workload.of_lab(lab, SERVICE, memory_mb=memory_mb, dirty_mb_s=dirty_mb_s)
+        plain = workloads.Workload.of_lab(lab, SERVICE, memory_mb=memory_mb, dirty_mb_s=dirty_mb_s)
+        workload = replace(plain, program=program)
         workloads.stop(lab, workload)
         workloads.install(lab, workload)
         workloads.start(lab, workload, HOSTS[0])

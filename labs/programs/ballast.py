@@ -20,16 +20,16 @@ def page_contents(page: int, generation: int) -> bytes:
 
 
 class Ballast:
-    """Private anonymous memory, all of it written at least once."""
+    """Anonymous memory, private or shared, all of it written at least once."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, flags: int = mmap.MAP_PRIVATE) -> None:
         self.pages = size_bytes // PAGE_BYTES
         self.wrong_pages = 0
         self._cursor = 0
         self._generation = 0
         self._memory: mmap.mmap | None = None
         if self.pages:
-            self._memory = mmap.mmap(-1, self.pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = mmap.mmap(-1, self.pages * PAGE_BYTES, flags=flags | mmap.MAP_ANONYMOUS)
             for page in range(self.pages):
                 self._write(page, 0)
 

@@ -57,7 +57,7 @@ class Service:
         """The pages of the segment that are named, by number, and whether nobody unknown can have written others."""
         answer = self.tree.collect(last=last)[self.target.pid]
         found = within(answer.changes.dirty, self.start, PAGES)
-        return {(address - self.start) // PAGE_BYTES for address in found}, self.segment in answer.segments
+        return {(address - self.start) // PAGE_BYTES for address in found}, self.segment in answer.closed.segments
 
     def stranger(self) -> Target:
         """A process of the same namespace that nobody tracks."""
@@ -192,7 +192,7 @@ def test_not_one_byte_differs_after_rounds_under_writes(service: Service) -> Non
 def take(service: Service, content: dict[int, bytes], *, last: bool = False) -> None:
     """Keep what is named of the segment."""
     for pid, answer in service.tree.collect(last=last).items():
-        assert answer.segments == {service.segment}
+        assert answer.closed.segments == {service.segment}
         for mapping in (each for each in answer.changes.mappings if each.segment is not None):
             for address in within(answer.changes.dirty, mapping.start, PAGES):
                 (batch,) = read_pages(pid, [PageRun(address, 1)])

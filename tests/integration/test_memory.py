@@ -27,7 +27,7 @@ from tests.integration.faults import (
 )
 from tests.integration.scene import Scene, left_over
 
-ALL_KINDS, SEGMENTS = "memory_server", "segment_server"
+ALL_KINDS, SEGMENTS, SHARED = "memory_server", "segment_server", "shared_server"
 MODES = ("pre-copy", "post-copy", "hybrid", "stop-copy")
 MEBIBYTE = 1 << 20
 
@@ -81,6 +81,17 @@ def test_memory_of_every_kind_in_every_mode(lab: Lab, name: str) -> None:
             said = move(scene, to, "--mode", mode)
             assert said.report["mode"] == mode
             assert (said.report["rounds"] != []) == (mode in ("pre-copy", "hybrid"))
+
+
+@pytest.mark.parametrize("name", ["counter", "echo"])
+def test_shared_memory_is_sent_before_the_freeze(lab: Lab, name: str) -> None:
+    """Anonymous as it was made, and as CRIU has restored it, again and again; of a container and a process tree."""
+    with scene_of(lab, name, 64, 3, SHARED) as scene:
+        for to in ("beta", "alpha", "beta"):
+            said = move(scene, to)
+            assert said.report["bytes"]["frozen"] < 16 * MEBIBYTE
+            assert said.report["bytes"]["pre_copy"] > 64 * MEBIBYTE
+            assert "copied in the freeze" not in " ".join(said.report["warnings"])
 
 
 def test_a_system_v_segment_is_sent_before_the_freeze(lab: Lab) -> None:

@@ -270,7 +270,7 @@ class FakeFilling:
         self._filler = _Filler(self._life, self._answer)
         await self._life.checkpoint()
 
-    async def watch(self, root_pid: int) -> None:
+    async def watch(self, root_pid: int) -> tuple[str, ...]:
         """See ``FillingMemory``."""
         assert self._guard is not None
         assert self._filler is not None
@@ -281,6 +281,7 @@ class FakeFilling:
             raise RestoreFailed("the daemon has ended")
         self._machine.keepers.add("guard")
         await self._life.checkpoint()
+        return ()
 
     async def filled(self) -> None:
         """See ``FillingMemory``."""

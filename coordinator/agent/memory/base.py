@@ -85,6 +85,29 @@ class Mapping:
         """The id of the System V segment that is mapped, which is its inode (ipc/shm.c, newseg); else None."""
         return self.inode if self.shared and self.name.startswith("/SYSV") else None
 
+    @property
+    def memfd(self) -> int | None:
+        """The inode of the memfd that is mapped and shared; else None. What was anonymous shared memory is one after a
+        restore (criu/proc_parse.c, handle_vma), without a descriptor."""
+        return self.inode if self.shared and self.name.startswith("/memfd:") and not self.hugetlb else None
+
+    @property
+    def anonymous_shared(self) -> bool:
+        """Whether it is of MAP_SHARED | MAP_ANONYMOUS (mm/shmem.c, shmem_zero_setup)."""
+        return self.shared and self.name == "/dev/zero (deleted)" and not self.hugetlb
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The shared objects that nobody can have written to but through a mapping of a process that is asked: System V
+    segments by id, memfds by inode. (The two may be equal numbers.)"""
+
+    segments: frozenset[int] = frozenset()
+    memfds: frozenset[int] = frozenset()
+
+
+NOT_CLOSED = Closed()
+
 
 @dataclass(frozen=True, slots=True)
 class Changes:
@@ -113,17 +136,15 @@ class Tracker(Protocol):
         """The tracked process, as numbered in our pid namespace."""
         ...
 
-    def collect(
-        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
-    ) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
         """First call: every page that holds something. Later calls: those that changed since the call before.
 
         Each change is in this answer or in the next one, never in none: a page is armed again in the instant it is
         read as changed, and its content is to be read after the answer. With the process frozen throughout, an
         answer is exact. ``last``: it is frozen and is not asked again, so nothing is armed. ``others_wrote``:
         a process that cannot be asked any more may have written to shared memory, all of which is dirty then, but for
-        System V segments. These are dirty unless their ids are in ``segments``: nobody who is not asked can have
-        written to those.
+        System V segments. These are dirty unless they are ``closed``. Of a memfd that is, page tables tell all; of
+        another only its times tell.
 
         Raises ``TargetGone`` if the process ended, ``TrackingFailed`` if it can be tracked no longer."""
         ...
@@ -145,5 +166,5 @@ class ProcessChanges:
     fresh: bool  # everything it holds is in this answer: forget all that was kept for this pid before
     changes: Changes
     untracked: str | None = None  # why it cannot be tracked, so that every answer about it is ``fresh``
-    #: The System V segments (ids) whose writes all processes together tell; equal in all answers of a look.
-    segments: frozenset[int] = frozenset()
+    #: Equal in all answers of a look.
+    closed: Closed = NOT_CLOSED

@@ -17,6 +17,7 @@ from coordinator.agent.channel import Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
+from coordinator.agent.memory.handing_over import described, hand_over
 from coordinator.agent.memory.hidden_pages import HiddenPages, hide
 from coordinator.agent.memory.pages import PageData, read_pages
 from coordinator.agent.memory.ptrace import TargetGone
@@ -98,6 +99,7 @@ class MemorySource:
         self.mode: Mode = policy.mode
         self.report = CopyReport()
         self._shared = SharedMemory()
+        self._described: set[int] = set()
         self._policy = policy
         self._track = track
         self._read = read
@@ -198,6 +200,8 @@ class MemorySource:
             self._shared.outdate(changed.values())
         else:
             self.report.last_bytes += await self._send_shared(changed, link)
+        if self.hidden is not None:
+            self.report.last_bytes += await hand_over(link, self._shared, self.hidden.objects, changed.values())
         for each in changed.values():
             if self.fetched_later:
                 if each.fresh:  # not all that was sent of it before need be named again
@@ -300,6 +304,9 @@ class MemorySource:
         """Send what changed in shared memory; what it is in CRIU's images is known only after the dump."""
         sent = 0
         for wanted in self._shared.round(changed.values()):
+            if wanted.object not in self._described:
+                self._described.add(wanted.object)
+                await link.send(described(wanted.object, wanted.pid, wanted.mapping))
             batches = self._read(wanted.pid, wanted.runs)
             while (batch := await asyncio.to_thread(next, batches, None)) is not None:
                 starts = tuple(run.start + wanted.shift for run in batch.runs)
@@ -311,7 +318,7 @@ class MemorySource:
 
     def images(self, space: ImageSpace) -> dict[str, tuple[int, list[Span]]]:
         """The pages images of which the destination has a part from the rounds (see ``SharedMemory.images``)."""
-        return self._shared.images(space)
+        return self._shared.images(space, self.hidden.objects if self.hidden is not None else ())
 
     def _dirty_bytes(self, changed: dict[int, ProcessChanges]) -> int:
         private = sum(run.pages for each in changed.values() for run in lazy_runs(each.changes))

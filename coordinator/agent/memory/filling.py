@@ -25,7 +25,16 @@ from typing import Any, Protocol
 from coordinator.agent.memory import filler, guard
 from coordinator.agent.memory.pagemap_images import lazy_pages
 from coordinator.agent.memory.store import PAGE_BYTES, PageStore
-from coordinator.agent.messages import ChannelMessage, DroppedPages, PageBatch, ProcessGone, RoundEnd
+from coordinator.agent.memory.taking_over import ReceivedObjects
+from coordinator.agent.messages import (
+    ChannelMessage,
+    DroppedPages,
+    HandedOver,
+    PageBatch,
+    ProcessGone,
+    RoundEnd,
+    SharedObject,
+)
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.errors import MemoryLost, NotEnoughSpace, RestoreFailed
 
@@ -70,9 +79,9 @@ class FillingMemory(Protocol):
 
         ``fetch`` gets the pages that were never sent; without it they are zero."""
 
-    async def watch(self, root_pid: int) -> None:
+    async def watch(self, root_pid: int) -> tuple[str, ...]:
         """The tasks are restored and held: tell the guard whom to kill if the filling does not come to its end, and
-        fill in what they will touch first.
+        fill in what they will touch first. See that their shared memory is all there; returns what is to be said of it.
 
         Raises ``RestoreFailed`` if the guard does not confirm it: then nothing would stand between the tasks and zeroes
         where memory is missing."""
@@ -89,6 +98,7 @@ class StoredMemory:
 
     def __init__(self) -> None:
         self._store = PageStore()
+        self._objects = ReceivedObjects()
         self._fetch: Fetch | None = None
         self._filler: Running | None = None
         self._guard: Running | None = None
@@ -108,8 +118,13 @@ class StoredMemory:
             if isinstance(message, PageBatch):
                 self._put(message, payload)
             elif isinstance(message, DroppedPages):
+                drop = self._store.drop if message.pid > 0 else self._objects.drop
                 for address, count in zip(message.starts, message.counts, strict=True):
-                    self._store.drop(message.pid, address, count)
+                    drop(message.pid, address, count)
+            elif isinstance(message, SharedObject):
+                self._objects.make(message.number, message.name, sealable=message.sealable)
+            elif isinstance(message, HandedOver):
+                self._objects.complete(message)
             elif isinstance(message, ProcessGone):
                 self._store.drop_process(message.pid)
             elif isinstance(message, RoundEnd):
@@ -125,14 +140,16 @@ class StoredMemory:
     def _put(self, message: PageBatch, payload: bytes) -> None:
         view = memoryview(payload)
         for address, count in zip(message.starts, message.counts, strict=True):
-            self._store.put(message.pid, address, view[: count * PAGE_BYTES])
-            view = view[count * PAGE_BYTES :]
-            if message.pid > 0:  # else it is shared memory, which is in the images
-                self._recent.append((message.pid, range(address // PAGE_BYTES, address // PAGE_BYTES + count)))
+            data, view = view[: count * PAGE_BYTES], view[count * PAGE_BYTES :]
+            if message.pid < 0:
+                self._objects.put(message.pid, address, data)
+                continue
+            self._store.put(message.pid, address, data)
+            self._recent.append((message.pid, range(address // PAGE_BYTES, address // PAGE_BYTES + count)))
 
     def content(self, pid: int, address: int, count: int) -> bytes:
         """See ``FillingMemory``."""
-        return self._store.read(pid, address, count)
+        return self._store.read(pid, address, count) if pid > 0 else self._objects.read(pid, address, count)
 
     async def start(self, work: Path) -> int:
         """See ``FillingMemory``."""
@@ -173,6 +190,7 @@ class StoredMemory:
 
     async def serve(self, images: Path, fetch: Fetch | None) -> None:
         """See ``FillingMemory``."""
+        self._objects.arm(images)
         self._fetch = fetch
         later = 0
         if fetch is not None:
@@ -180,7 +198,7 @@ class StoredMemory:
                 for run in runs:
                     self._store.expect(pid, run.start, run.pages)
                     later += run.pages
-        directory = [(pid, list(blocks.items())) for pid, blocks in self._store.directory().items() if pid > 0]
+        directory = [(pid, list(blocks.items())) for pid, blocks in self._store.directory().items()]
         hot: dict[int, list[tuple[int, int]]] = {}
         left = HOT_PAGES
         for pid, numbers in (*self._recent, *self._before):
@@ -221,11 +239,12 @@ class StoredMemory:
             if self._filler is not None:
                 self._filler.kill()
 
-    async def watch(self, root_pid: int) -> None:
+    async def watch(self, root_pid: int) -> tuple[str, ...]:
         """See ``FillingMemory``."""
         assert self._filler is not None
         assert self._to_guard is not None
         self._root_pid = root_pid
+        remarks = await asyncio.to_thread(self._objects.check, root_pid)
         await self._tell(begin=True)
         loop = asyncio.get_running_loop()
         needs_agent = int(self._fetch is not None)
@@ -237,6 +256,7 @@ class StoredMemory:
             raise RestoreFailed(f"the guard of the memory does not answer: {error!r}") from error
         if not answer.startswith(b"watching"):
             raise RestoreFailed(f"the guard of the memory ended; the filler: {self._log()}")
+        return remarks
 
     async def filled(self) -> None:
         """See ``FillingMemory``."""
@@ -272,6 +292,7 @@ class StoredMemory:
         for task in (*self._fetching, *((self._answering,) if self._answering is not None else ())):
             task.cancel()
             await asyncio.wait((task,))
+        self._objects.close()
         self._store.close()
 
     async def _why_it_ended(self) -> str:

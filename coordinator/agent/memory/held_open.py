@@ -1,4 +1,4 @@
-"""Holds whoever opens a file, in the very moment of it (fanotify(7), FAN_OPEN_PERM).
+"""Holds whoever opens one of some files, in the very moment of it (fanotify(7), FAN_OPEN_PERM).
 
 Who opens it waits until we let it in, or are gone: the kernel lets in everybody who waits for a group that is closed.
 """
@@ -25,16 +25,17 @@ _libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ct
 
 
 class HeldOpen:
-    """Holds who opens one file. Used by one thread; ``close`` it."""
+    """Holds who opens one of some files. Used by one thread; ``close`` it."""
 
-    def __init__(self, path: Path) -> None:
-        """Make the file if there is none. Raises ``OSError``: ENOSYS or EINVAL where the kernel has no such thing
-        (CONFIG_FANOTIFY_ACCESS_PERMISSIONS), EPERM without CAP_SYS_ADMIN."""
-        path.touch(0o600)
+    def __init__(self, *paths: Path) -> None:
+        """Make those of the files that there are not. Raises ``OSError``: ENOSYS or EINVAL where the kernel has no such
+        thing (CONFIG_FANOTIFY_ACCESS_PERMISSIONS), EPERM without CAP_SYS_ADMIN."""
+        for path in paths:
+            path.touch(0o600)
         self._opened = -1
         flags = os.O_RDONLY | os.O_CLOEXEC
         self._group = _checked(int(_libc.fanotify_init(_CLASS_CONTENT | _CLOEXEC | _NONBLOCK, flags)))
-        self._path = os.fsencode(path)
+        self._paths = [os.fsencode(path) for path in paths]
         try:
             self._mark(_MARK_ADD)
         except OSError:
@@ -42,7 +43,7 @@ class HeldOpen:
             raise
 
     def wait(self, until: int, is_wanted: Callable[[int], bool]) -> int | None:
-        """The pid of the first one that is wanted and opens the file: it waits until ``let_in``. Others are let in.
+        """The pid of the first one that is wanted and opens a file: it waits until ``let_in``. Others are let in.
 
         ``None`` when the descriptor ``until`` becomes readable."""
         poller = select.poll()
@@ -71,10 +72,11 @@ class HeldOpen:
         self._opened = self._group = -1
 
     def _mark(self, how: int) -> None:
-        _checked(int(_libc.fanotify_mark(self._group, how, _OPEN_PERM, _AT_FDCWD, self._path)))
+        for path in self._paths:
+            _checked(int(_libc.fanotify_mark(self._group, how, _OPEN_PERM, _AT_FDCWD, path)))
 
     def _next(self) -> int | None:
-        """Who opens the file, if anybody does: it waits until ``_allow``."""
+        """Who opens a file, if anybody does: it waits until ``_allow``."""
         try:
             *_, self._opened, pid = _EVENT.unpack(os.read(self._group, _EVENT.size))
         except BlockingIOError:

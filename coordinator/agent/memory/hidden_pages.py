@@ -9,6 +9,9 @@ A page that is hidden is in no image. Two rules keep it from being lost:
 - hidden is only what CRIU's restore registers with a userfaultfd, so that its absence is noticed (criu/pie/restorer.c,
   vma_remap): exactly ``vma_entry_can_be_lazy`` of criu/include/vma.h;
 - ``check`` fails the move, before the commit, unless the last look at the frozen tasks answers for all that was hidden.
+
+Of a shared object CRIU asks where it has data (lseek(2), SEEK_DATA; criu/shmem.c, next_data_segment), and is told:
+nowhere. Whatever it holds is then brought over by ``handing_over``, which reads the object itself.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from coordinator.agent.memory import base
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, spans_of, union
+from coordinator.agent.memory.shared import worth_hiding
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import TrackingFailed
 
 #: What things take in the freeze, in microseconds (measured: docs/decisions/0011-hidden-pages.md): CRIU to find a page
-#: and splice it; us to put CRIU under the filter, and to answer what it asks about a mapping.
-_PAGE_US, _FILTER_US, _MAPPING_US = 0.4, 6000, 30
+#: and splice it, or, of shared memory, to write it and read it back; us to put CRIU under the filter, and to answer
+#: what it asks about a mapping.
+_PAGE_US, _SHARED_PAGE_US, _FILTER_US, _MAPPING_US = 0.4, 8, 6000, 30
 
 
 class HiddenPages:
@@ -37,10 +42,15 @@ class HiddenPages:
         self,
         root_pid: int,
         *,
+        objects: Collection[int] = (),
         processes: Callable[[int], Collection[int]] = process_tree,
         mappings: Callable[[int], list[base.Mapping]] = read_mappings,
     ) -> None:
+        """``objects``: the inodes of the shared objects that need not be seen either."""
         self.refusal = ""
+        #: The shared objects that need not be seen.
+        self.may_hide = objects
+        self._hidden_objects: set[int] = set()
         self._root_pid = root_pid
         self._processes = processes
         self._mappings = mappings
@@ -52,6 +62,20 @@ class HiddenPages:
     def hidden(self) -> Mapping[int, Spans]:
         """What has been hidden so far, by pid here: addresses, whether there are pages or not."""
         return self._hidden
+
+    @property
+    def objects(self) -> Collection[int]:
+        """The inodes of the shared objects that CRIU was told are empty."""
+        return self._hidden_objects
+
+    def hides(self, inode: int) -> bool:
+        """Whether CRIU is to see a shared object as empty. From then on it is up to us to bring it over.
+
+        It asks once of each. A segment may have the same number, and comes later (criu/cr-dump.c, cr_dump_tasks)."""
+        if inode not in self.may_hide or inode in self._hidden_objects:
+            return False
+        self._hidden_objects.add(inode)
+        return True
 
     def visible(self, pid: int, start: int, end: int) -> Spans | None:
         """What CRIU is to see of the addresses from ``start`` to ``end``; ``None``: all of it.
@@ -83,14 +107,16 @@ class HiddenPages:
 
 def hide(root_pid: int, known: Iterable[ProcessChanges]) -> HiddenPages | None:
     """The hidden pages of a tree, given what was last seen of it, or ``None`` if it pays to let CRIU see them all."""
-    return HiddenPages(root_pid) if pays(known) else None
+    seen = tuple(known)
+    objects = worth_hiding(seen)
+    return HiddenPages(root_pid, objects=objects.keys()) if pays(seen, sum(objects.values())) else None
 
 
-def pays(known: Iterable[ProcessChanges]) -> bool:
+def pays(known: Iterable[ProcessChanges], shared_pages: int = 0) -> bool:
     """Whether CRIU would take longer for the pages than we for its questions about the mappings (pure)."""
     changes = [each.changes for each in known]
     pages, mappings = sum(each.known_pages for each in changes), sum(len(each.mappings) for each in changes)
-    return pages * _PAGE_US > _FILTER_US + mappings * _MAPPING_US
+    return pages * _PAGE_US + shared_pages * _SHARED_PAGE_US > _FILTER_US + mappings * _MAPPING_US
 
 
 def hideable(mappings: Iterable[base.Mapping]) -> Spans:

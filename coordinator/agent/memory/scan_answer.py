@@ -44,6 +44,7 @@ class ScanAnswerer:
         self._processes: dict[tuple[int, str], int | None] = {}
         self._pagemaps: dict[int, Pagemap] = {}
         self._memory = (0, -1)
+        self._shared_device = memfd_device()
         self._regions = (PageRegion * _MOST_REGIONS)()
 
     def close(self) -> None:
@@ -72,6 +73,15 @@ class ScanAnswerer:
             if waits() and self._write(memory, address, argument, count):
                 return count
         return None
+
+    def is_hidden(self, asker: int, descriptor: int, waits: Callable[[], bool]) -> bool:
+        """Whether what the thread ``asker`` has open is a shared object that it is to see as empty. ``waits``: see
+        ``answer``."""
+        try:
+            status = os.stat(f"/proc/{asker}/fd/{descriptor}")  # noqa: PTH116
+        except OSError:
+            return False
+        return status.st_dev == self._shared_device and waits() and self._hidden.hides(status.st_ino)
 
     def _scanned_process(self, scanner: int, descriptor: int) -> int | None:
         """The process whose page map a descriptor of ``scanner`` is, as numbered here.
@@ -127,6 +137,15 @@ class ScanAnswerer:
         end = _WORD.pack(argument.walk_end)
         written: int = os.pwrite(memory, regions, argument.vec) + os.pwrite(memory, end, address + _WALK_END)
         return written == length + len(end)
+
+
+def memfd_device() -> int:
+    """The device of every memfd and of all anonymous shared memory (mm/shmem.c, shm_mnt)."""
+    memory = os.memfd_create("device")
+    try:
+        return os.fstat(memory).st_dev
+    finally:
+        os.close(memory)
 
 
 def read_argument(memory: int, address: int) -> ScanArgument | None:

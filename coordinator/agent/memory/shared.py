@@ -1,39 +1,46 @@
-"""Shared memory in the rounds: anonymous shared mappings (MAP_SHARED | MAP_ANONYMOUS) and System V segments.
+"""Shared memory in the rounds: anonymous shared mappings, memfds without a descriptor, and System V segments.
 
-CRIU has no lazy way for shared memory: it writes every segment into its images while the tasks are frozen, and reads
-it back before they run. What can be kept out of the freeze is the sending, which costs most: a segment's pages go over
-in the rounds, and of its pages image only those are sent that were written since. The destination puts the rest
-together from its store.
+CRIU has no lazy way for shared memory: it writes every object into its images while the tasks are frozen, and reads it
+back before they run. So its pages go over in the rounds. What CRIU restores as a memfd, which is all but the segments,
+it does not even see then (``handing_over``). Of a segment's pages image only those pages are sent that were written
+since; the destination puts the rest together from what it has.
 
-Only memory that never has a descriptor is treated so: nobody but who has mapped it can write to it, and CRIU names its
-images by its inode (criu/shmem.c), which of a segment is its id. Of a segment it has to be known that all who have
-mapped it are asked (``segments``). memfd and files of /dev/shm are sent with the images
+Only such memory is treated so of which it is known that all who can write to it are asked (``segments``, ``memfds``,
+``tree``). What has a descriptor, and files of /dev/shm, are sent with the images
 (docs/decisions/0014-shared-memory.md).
+CRIU names its images of an object by its inode (criu/shmem.c, criu/memfd.c), which of a segment is its id.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import PAGE_BYTES, Mapping, PageRun, ProcessChanges
 from coordinator.agent.memory.pagemap_images import PRESENT, parse
+from coordinator.agent.memory.runs import Spans
 
-_ANONYMOUS_SHARED = "/dev/zero (deleted)"
+#: A smaller object CRIU writes and reads in less time than it takes to hand it over (some 2 ms): 1 MiB.
+_LEAST_PAGES = (1 << 20) // PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRuns:
-    """Pages to read at addresses of one process; ``shift`` leads from there to addresses within the object, which the
-    store knows by the number ``object`` (below zero, so that it is no pid)."""
+    """Pages to read at addresses of one process, in one mapping of an object, which the destination knows by the number
+    ``object`` (below zero, so that it is no pid)."""
 
     pid: int
     object: int
     runs: tuple[PageRun, ...]
-    shift: int
+    mapping: Mapping
+
+    @property
+    def shift(self) -> int:
+        """Leads from addresses to offsets within the object."""
+        return self.mapping.offset - self.mapping.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,12 @@ class SharedMemory:
             self._forget_lost(each)
         for each in changed:
             for mapping, runs in _shared(each):
-                number = self._number(mapping)
+                number = self.number(mapping)
                 wanted = tuple(self._fresh(taken.setdefault(number, bytearray()), mapping, runs))
                 for run in wanted:
                     _mark(self._sent[number], _first(mapping, run), run.pages, 1)
                 if wanted:
-                    yield SharedRuns(each.pid, number, wanted, mapping.offset - mapping.start)
+                    yield SharedRuns(each.pid, number, wanted, mapping)
 
     def dirty_pages(self, changed: Iterable[ProcessChanges]) -> int:
         """How many pages ``round`` would have sent."""
@@ -82,7 +89,7 @@ class SharedMemory:
             run.pages
             for each in changed
             for mapping, runs in _shared(each)
-            for run in self._fresh(taken.setdefault(self._number(mapping), bytearray()), mapping, runs)
+            for run in self._fresh(taken.setdefault(self.number(mapping), bytearray()), mapping, runs)
         )
 
     def unsent(self, runs: SharedRuns, vanished: Iterable[PageRun]) -> None:
@@ -96,15 +103,38 @@ class SharedMemory:
             self._forget_lost(each)
             for mapping, runs in _shared(each):
                 for run in runs:
-                    _mark(self._sent[self._number(mapping)], _first(mapping, run), run.pages, 0)
+                    _mark(self._sent[self.number(mapping)], _first(mapping, run), run.pages, 0)
 
-    def images(self, space: ImageSpace) -> dict[str, tuple[int, list[Span]]]:
-        """By name, the pages images of which the destination has a part: the object's number, and the spans."""
+    def number(self, mapping: Mapping) -> int:
+        """The number of the object under a mapping."""
+        name = mapping.shared_object
+        assert name is not None, "only shared mappings come here"
+        number = self._objects.setdefault(name, -len(self._objects) - 1)
+        self._sent.setdefault(number, bytearray())
+        return number
+
+    def sent(self, number: int) -> Spans:
+        """What the destination has of an object, as offsets."""
+        flags = self._sent[number]
+        return [(first * PAGE_BYTES, last * PAGE_BYTES) for first, last, is_sent in _stretches(flags) if is_sent]
+
+    @staticmethod
+    def mapped_by(inode: int, answers: Iterable[ProcessChanges]) -> tuple[ProcessChanges, Mapping]:
+        """A process that maps an object. Raises ``LookupError`` if none does."""
+        for each in answers:
+            for mapping in each.changes.mappings:
+                if inode == mapping.inode and (mapping.anonymous_shared or mapping.memfd is not None):
+                    return each, mapping
+        raise LookupError("no process maps it")
+
+    def images(self, space: ImageSpace, hidden: Collection[int] = ()) -> dict[str, tuple[int, list[Span]]]:
+        """By name, the pages images of which the destination has a part: the object's number, and the spans. None of
+        the objects that were ``hidden`` (inodes): their images are empty."""
         found: dict[str, tuple[int, list[Span]]] = {}
         sizes = space.sizes() if self._objects else {}
         for (_, inode), number in self._objects.items():
             name = f"pagemap-shmem-{inode}.img"
-            if name not in sizes:
+            if not sizes.get(name) or inode in hidden:  # none, or none was written to
                 continue
             pages_image, entries = parse(space.read(name, 0, sizes[name]), name)
             offset = 0
@@ -116,25 +146,15 @@ class SharedMemory:
             found[f"pages-{pages_image}.img"] = (number, spans)
         return found
 
-    def _number(self, mapping: Mapping) -> int:
-        name = mapping.shared_object
-        assert name is not None, "only shared mappings come here"
-        number = self._objects.setdefault(name, -len(self._objects) - 1)
-        self._sent.setdefault(number, bytearray())
-        return number
-
     @staticmethod
     def _fresh(taken: bytearray, mapping: Mapping, runs: Iterable[PageRun]) -> Iterator[PageRun]:
         """The runs without the pages that were taken from another process in this round."""
         for run in runs:
             first = _first(mapping, run)
             _mark(taken, first + run.pages, 0, 0)
-            position = 0
-            for is_taken, group in groupby(taken[first : first + run.pages]):
-                length = len(list(group))
+            for begin, end, is_taken in _stretches(taken[first : first + run.pages]):
                 if not is_taken:
-                    yield PageRun(run.start + position * PAGE_BYTES, length)
-                position += length
+                    yield PageRun(run.start + begin * PAGE_BYTES, end - begin)
             _mark(taken, first, run.pages, 1)
 
     def _forget_lost(self, each: ProcessChanges) -> None:
@@ -145,10 +165,10 @@ class SharedMemory:
         write to is lost, too."""
         for mapping, runs in _shared(each, dropped=True):
             for run in runs:
-                _mark(self._sent[self._number(mapping)], _first(mapping, run), run.pages, 0)
+                _mark(self._sent[self.number(mapping)], _first(mapping, run), run.pages, 0)
         mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping, each)}
         for mapping in self._mapped.get((each.pid, each.started), set()) - mapped:
-            self._sent[self._number(mapping)] = bytearray()
+            self._sent[self.number(mapping)] = bytearray()
         self._mapped[each.pid, each.started] = mapped
 
 
@@ -165,8 +185,10 @@ def _shared(each: ProcessChanges, *, dropped: bool = False) -> Iterator[tuple[Ma
 
 def _is_kept(mapping: Mapping, each: ProcessChanges) -> bool:
     if mapping.segment is not None:
-        return mapping.segment in each.segments
-    return mapping.shared and mapping.name == _ANONYMOUS_SHARED and not mapping.hugetlb
+        return mapping.segment in each.closed.segments
+    if mapping.memfd is not None:
+        return mapping.memfd in each.closed.memfds
+    return mapping.anonymous_shared
 
 
 def _first(mapping: Mapping, run: PageRun) -> int:
@@ -183,10 +205,30 @@ def _cut(sent: bytearray, offset: int, address: int, pages: int) -> list[Span]:
     """A run of a pages image, cut where pages that were sent end or begin."""
     first = address // PAGE_BYTES
     flags = bytes(sent[first : first + pages]).ljust(pages, b"\0")
-    spans, position = [], 0
-    for is_sent, group in groupby(flags):
-        length = len(list(group))
-        shift = position * PAGE_BYTES
-        spans.append(Span(offset + shift, address + shift, length, bool(is_sent)))
-        position += length
-    return spans
+    return [
+        Span(offset + begin * PAGE_BYTES, address + begin * PAGE_BYTES, end - begin, is_sent)
+        for begin, end, is_sent in _stretches(flags)
+    ]
+
+
+def _stretches(flags: bytes | bytearray) -> Iterator[tuple[int, int, bool]]:
+    """Where bytes of 0 and of 1 begin and end, and whether they are 1."""
+    begin = 0
+    while begin < len(flags):
+        is_set = bool(flags[begin])
+        end = flags.find(0 if is_set else 1, begin)
+        end = len(flags) if end < 0 else end
+        yield begin, end, is_set
+        begin = end
+
+
+def worth_hiding(changed: Iterable[ProcessChanges]) -> dict[int, int]:
+    """The objects that CRIU need not see, as all who can write to them are asked: inode → pages that its mappings have
+    room for, the largest of them. A segment is none: CRIU restores it into memory that it has from the kernel."""
+    found: dict[int, int] = {}
+    for each in changed:
+        for mapping in each.changes.mappings:
+            if mapping.segment is None and _is_kept(mapping, each):
+                pages = (mapping.end - mapping.start) // PAGE_BYTES
+                found[mapping.inode] = max(pages, found.get(mapping.inode, 0))
+    return {inode: pages for inode, pages in found.items() if pages >= _LEAST_PAGES}

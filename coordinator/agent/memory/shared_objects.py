@@ -7,7 +7,7 @@ or fallocate(2) on a memfd or a file of /dev/shm touches no mapping. So the obje
 The times change with every write, also with one through a mapping (mm/memory.c, fault_dirty_shared_page). So once they
 changed, an object that can have a descriptor is dirty as a whole. Memory that never has one, which is that of
 MAP_SHARED | MAP_ANONYMOUS and of System V, is changed through mappings only, and told page for page as long as all who
-have mapped it are asked.
+have mapped it are asked; so is a memfd whose descriptors are closed (``memfds``).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class ObjectState:
     data: Spans  # addresses within the mapping
     times: tuple[int, int, int]  # mtime and ctime in ns, size in bytes
     settled: bool  # the times were old enough to show every later change
-    only_mapped: bool  # no descriptor can exist
+    only_mapped: bool  # nobody has a descriptor
 
     def same_as(self, earlier: ObjectState | None) -> bool:
         """Whether nothing but writes through mappings can have changed it since."""
         return earlier is not None and (self.only_mapped or (earlier.settled and earlier.times == self.times))
 
 
-def look_at(pid: int, mapping: Mapping) -> ObjectState | None:
+def look_at(pid: int, mapping: Mapping, *, only_mapped: bool) -> ObjectState | None:
     """State of the object under a shared mapping, or ``None`` if it cannot be told: then count it as changed."""
     try:
         descriptor = os.open(
@@ -49,22 +49,17 @@ def look_at(pid: int, mapping: Mapping) -> ObjectState | None:
     try:
         status = os.fstat(descriptor)
         settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _GRANULARITY_NS
-        extents = _extents(descriptor, mapping.offset, mapping.offset + mapping.end - mapping.start)
+        found = extents(descriptor, mapping.offset, mapping.offset + mapping.end - mapping.start)
     except OSError:
         return None
     finally:
         os.close(descriptor)
     move = mapping.start - mapping.offset
-    data = normalise((first + move, last + move) for first, last in extents)
-    return ObjectState(data, (status.st_mtime_ns, status.st_ctime_ns, status.st_size), settled, _only_mapped(mapping))
+    data = normalise((first + move, last + move) for first, last in found)
+    return ObjectState(data, (status.st_mtime_ns, status.st_ctime_ns, status.st_size), settled, only_mapped)
 
 
-def _only_mapped(mapping: Mapping) -> bool:
-    """Names of mm/shmem.c, shmem_zero_setup, and ipc/shm.c, newseg."""
-    return mapping.name == "/dev/zero (deleted)" or mapping.segment is not None
-
-
-def _extents(descriptor: int, position: int, end: int) -> Spans:
+def extents(descriptor: int, position: int, end: int) -> Spans:
     """The data of a file between two offsets, in whole pages."""
     found: Spans = []
     while position < end:

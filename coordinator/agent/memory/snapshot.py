@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from coordinator.agent.memory.base import Backing, Changes, Mapping
+from coordinator.agent.memory.base import NOT_CLOSED, Backing, Changes, Closed, Mapping
 from coordinator.agent.memory.mappings import ADDRESS_LIMIT, read_mappings
 from coordinator.agent.memory.pagemap import FILE, PFNZERO, PRESENT, SWAPPED, WPALLOWED, Pagemap, guard_category
 from coordinator.agent.memory.ptrace import TargetGone
@@ -25,8 +25,22 @@ from coordinator.agent.memory.userfault import MemoryReplaced
 
 _TRIES = 3
 
-#: Whether all that can have written to a shared mapping since it was looked at is asked.
-Told = Callable[[Mapping], bool]
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who can have written to shared memory since the look before, besides the processes that are asked (``Tracker``,
+    ``collect``)."""
+
+    others_wrote: bool
+    closed: Closed = NOT_CLOSED
+
+    def all(self, mapping: Mapping) -> bool:
+        """Whether all are asked who can have written through a mapping of the object."""
+        return not self.others_wrote if mapping.segment is None else mapping.segment in self.closed.segments
+
+    def only_mapped(self, mapping: Mapping) -> bool:
+        """Whether nobody has, or had, a descriptor of the object."""
+        return mapping.anonymous_shared or mapping.segment is not None or mapping.memfd in self.closed.memfds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +64,7 @@ def scan_held(
     pagemap: Pagemap,
     mappings: list[Mapping],
     before: dict[tuple[int, int], ObjectState],
-    told: Told,
+    asked: Asked,
 ) -> Held:
     """Look at every page of the mappings (which ``trackable`` chose, by address).
 
@@ -65,7 +79,7 @@ def scan_held(
     own, of_file, swapped = _look_at_files(pagemap, others)
     private = spans_of(each for each in others if not each.shared)
     shared = spans_of(each for each in others if each.shared)
-    data, changed, objects = look_at_objects(pid, others, before, told)
+    data, changed, objects = look_at_objects(pid, others, before, asked)
     mapped = intersection(union(own, of_file), shared)
     return Held(
         pages=union(
@@ -127,7 +141,7 @@ def _scan(pagemap: Pagemap, mappings: list[Mapping], *, present: int = 0, absent
 
 
 def look_at_objects(
-    pid: int, mappings: list[Mapping], before: dict[tuple[int, int], ObjectState], told: Told
+    pid: int, mappings: list[Mapping], before: dict[tuple[int, int], ObjectState], asked: Asked
 ) -> tuple[Spans, Spans, dict[tuple[int, int], ObjectState]]:
     """Data and changed pages of the shared mappings without a file system below, and their states."""
     data: Spans = []
@@ -137,11 +151,11 @@ def look_at_objects(
         if not mapping.shared or mapping.backing is not Backing.SHMEM or mapping.hugetlb:
             continue
         key = (mapping.start, mapping.end)
-        state = look_at(pid, mapping)
+        state = look_at(pid, mapping, only_mapped=asked.only_mapped(mapping))
         if state is not None:
             objects[key] = state
             data.extend(state.data)
-        if state is None or not told(mapping) or not state.same_as(before.get(key)):
+        if state is None or not asked.all(mapping) or not state.same_as(before.get(key)):
             changed.append(key)
     return normalise(data), normalise(changed), objects
 
@@ -153,6 +167,6 @@ def scan_all(pid: int) -> Changes:
         if not mappings:
             break
         with Pagemap(pid) as pagemap, suppress(MemoryReplaced):  # by exec, while we looked
-            held = scan_held(pid, pagemap, trackable(mappings), {}, told=lambda _: False)
+            held = scan_held(pid, pagemap, trackable(mappings), {}, Asked(others_wrote=True))
             return Changes(to_runs(held.pages, mappings), (), tuple(mappings), count_pages(held.pages))
     raise TargetGone(f"process {pid} is gone")

@@ -9,7 +9,7 @@ between two answers is never seen. So whenever one may have gone, all shared mem
 shows in a member that is gone, in a zombie, and in the faults of reaped children (proc(5), cminflt and cmajflt: no
 child runs without a fault). Of a process that ignores SIGCHLD nothing shows (wait(2)): it is taken for granted. Not
 covered: children of a process that has set SA_NOCLDWAIT, which nothing in /proc tells. Of System V segments the kernel
-itself keeps account (``segments``).
+itself keeps account (``segments``). Who has a descriptor of a memfd is looked up (``memfds``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coordinator.agent.memory.base import ProcessChanges, Tracker
+from coordinator.agent.memory.base import Closed, ProcessChanges, Tracker
+from coordinator.agent.memory.memfds import Memfds
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.segments import Segments
 from coordinator.agent.memory.snapshot import scan_all
@@ -54,15 +55,23 @@ class _Member:
 class TreeTracker:
     """All processes of the tree below ``root_pid``. Used by one thread at a time; every call blocks."""
 
-    def __init__(self, root_pid: int, make_tracker: MakeTracker, segments: Segments | None = None) -> None:
+    def __init__(
+        self,
+        root_pid: int,
+        make_tracker: MakeTracker,
+        segments: Segments | None = None,
+        memfds: Memfds | None = None,
+    ) -> None:
         """Begin to track the processes there are; each is stopped for some hundred microseconds. ``segments`` are those
         of their IPC namespace, and end with this; without, every System V segment is dirty as a whole in every answer.
+        Without ``memfds`` no memfd counts as closed.
 
         Raises ``TrackingFailed`` if one of them cannot be tracked, having left all of them as found, and ``TargetGone``
         if the root is gone."""
         self._root = root_pid
         self._make = make_tracker
         self._segments = segments or Segments(None)
+        self._memfds = memfds or Memfds(holders=lambda _: None)
         self._members: dict[int, _Member] = {}
         self._gone: list[int] = []
         self._zombies: set[int] = set()
@@ -87,7 +96,7 @@ class TreeTracker:
         if start_time(self._root) != self._root_started:
             raise TargetGone(f"process {self._root}, the root of the workload, is gone")
         self._meet()
-        untouched = self._segments.untouched(self._members)
+        untouched = Closed(self._segments.untouched(self._members), self._memfds.untouched(self._members))
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
         for member in list(self._members.values()):
@@ -98,9 +107,10 @@ class TreeTracker:
             except TargetGone:
                 self._forget(member)
         self._segments.take(answers.values())
+        self._memfds.take(answers.values())
         # After the last look nobody asks again: what it names is sent, or in the images, whoever comes then.
-        known = untouched if last else self._segments.closed
-        return {pid: replace(answer, segments=known) for pid, answer in answers.items()}
+        known = untouched if last else Closed(self._segments.closed, self._memfds.closed)
+        return {pid: replace(answer, closed=known) for pid, answer in answers.items()}
 
     def take_gone(self) -> tuple[int, ...]:
         """Inner pids of the processes that have gone since the last call: forget their pages.
@@ -183,12 +193,12 @@ class TreeTracker:
                 raise TargetGone(f"process {member.pid} is gone") from error
             member.untracked = error.message
 
-    def _ask(self, member: _Member, last: bool, others_wrote: bool, untouched: frozenset[int]) -> ProcessChanges:
+    def _ask(self, member: _Member, last: bool, others_wrote: bool, untouched: Closed) -> ProcessChanges:
         fresh = member.tracker is None or not member.answered
         if member.tracker is None:
             changes = scan_all(member.pid)
         else:
-            changes = member.tracker.collect(last=last, others_wrote=others_wrote, segments=untouched)
+            changes = member.tracker.collect(last=last, others_wrote=others_wrote, closed=untouched)
         if start_time(member.pid) != member.started:
             raise TargetGone(f"process {member.pid} is gone")
         member.answered = member.tracker is not None

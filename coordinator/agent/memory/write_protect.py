@@ -19,7 +19,7 @@ Why no change is lost, for a page in a mapping that
 - *belongs to a userfaultfd of the target's own*: always dirty, and its marks are left alone.
 - *becomes one that CRIU leaves to its daemon* (munlock): dirty as a whole, for an asker may keep only such pages.
 - *is shared*: see ``shared_objects``. Every process that maps an object marks for itself: unite the answers of all. Of
-  those that have gone, ``tree`` tells (``others_wrote``, ``segments``).
+  those that have gone, ``tree`` tells (``others_wrote``, ``closed``).
 
 The kernel's WP_UNPOPULATED feature has to be on for scanning, but private pages that are not there are never marked: so
 no page tables are filled for the large reservations of Go, Java or sanitizers. A page of a shared object that is there
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import os
 
-from coordinator.agent.memory.base import Changes, Mapping
+from coordinator.agent.memory.base import NOT_CLOSED, Changes, Closed, Mapping
 from coordinator.agent.memory.mappings import read_mappings
 from coordinator.agent.memory.pagemap import PFNZERO, PRESENT, SWAPPED, WRITTEN, Pagemap, guard_category
 from coordinator.agent.memory.ptrace import TargetGone
@@ -48,7 +48,7 @@ from coordinator.agent.memory.runs import (
     union,
 )
 from coordinator.agent.memory.shared_objects import ObjectState
-from coordinator.agent.memory.snapshot import Held, Told, scan_exposed, scan_held, trackable
+from coordinator.agent.memory.snapshot import Asked, Held, scan_exposed, scan_held, trackable
 from coordinator.agent.memory.userfault import MemoryReplaced, mark, take_userfaultfd
 
 _REATTACHMENTS = 3
@@ -77,17 +77,12 @@ class WriteProtectTracker:
             os.close(self._userfaultfd)
             self._userfaultfd = -1
 
-    def collect(
-        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
-    ) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
         """See ``Tracker``."""
-
-        def told(mapping: Mapping) -> bool:
-            return not others_wrote if mapping.segment is None else mapping.segment in segments
-
+        asked = Asked(others_wrote=others_wrote, closed=closed)
         for _ in range(_REATTACHMENTS):
             try:
-                return self._collect(last, told)
+                return self._collect(last, asked)
             except MemoryReplaced:
                 self._attach_again()
         raise TargetGone(f"process {self._pid} keeps executing other programs")
@@ -99,7 +94,7 @@ class WriteProtectTracker:
         self._userfaultfd = fresh
         self._registration, self._objects = Registration(self._pid, fresh), {}
 
-    def _collect(self, last: bool, told: Told) -> Changes:
+    def _collect(self, last: bool, asked: Asked) -> Changes:
         mappings = read_mappings(self._pid)
         if not mappings:
             raise TargetGone(f"process {self._pid} is gone")
@@ -111,7 +106,7 @@ class WriteProtectTracker:
             else:
                 added = self._register_new(pagemap, mappings, memory)
             written = self._take_written(pagemap, protect=not last)
-            held = scan_held(self._pid, pagemap, memory, self._objects, told)
+            held = scan_held(self._pid, pagemap, memory, self._objects, asked)
         if not last:
             for start, end in intersection(held.unmapped, self._registration.registered):
                 mark(self._userfaultfd, start, end)

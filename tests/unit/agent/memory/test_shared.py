@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.agent.images import ImageHold
-from coordinator.agent.memory.base import PAGE_BYTES, Backing, Changes, Mapping, PageRun, ProcessChanges
+from coordinator.agent.memory.base import (
+    NOT_CLOSED,
+    PAGE_BYTES,
+    Backing,
+    Changes,
+    Closed,
+    Mapping,
+    PageRun,
+    ProcessChanges,
+)
 from coordinator.agent.memory.pagemap_images import PRESENT, Entry
 from coordinator.agent.memory.shared import SharedMemory, SharedRuns
 from tests.unit.agent.memory.pagemaps import serialize
@@ -136,8 +145,8 @@ def with_segment(dirty: set[int], *, known: bool) -> ProcessChanges:
     each = changes(10, dirty, set())
     private, mapping = each.changes.mappings
     mappings = (private, replace(mapping, name="/SYSV00000000 (deleted)"))
-    segments = frozenset({INODE}) if known else frozenset[int]()
-    return replace(each, changes=replace(each.changes, mappings=mappings), segments=segments)
+    closed = Closed(segments=frozenset({INODE})) if known else NOT_CLOSED
+    return replace(each, changes=replace(each.changes, mappings=mappings), closed=closed)
 
 
 def test_of_a_segment_only_what_all_processes_tell_is_kept() -> None:

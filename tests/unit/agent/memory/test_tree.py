@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from coordinator.agent.memory import tree
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
+from coordinator.agent.memory.base import NOT_CLOSED, PAGE_BYTES, Changes, Closed, PageRun, ProcessChanges
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.segments import Segments
 from coordinator.agent.memory.tree import TreeTracker
@@ -47,14 +47,12 @@ class FakeTracker:
         world.open.add(self.name)
         self.asked = False
 
-    def collect(
-        self, *, last: bool = False, others_wrote: bool = False, segments: frozenset[int] = frozenset()
-    ) -> Changes:
+    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
         if (self.pid, self.world.started.get(self.pid)) != self.name:
             raise TargetGone("gone")
         self.asked, first = True, not self.asked
         self.world.distrusted.append(others_wrote)
-        self.world.trusted.append(segments)
+        self.world.trusted.append(closed.segments)
         return ALL if first else NOTHING
 
     def close(self) -> None:
@@ -160,7 +158,7 @@ def test_processes_are_told_which_segments_nobody_else_wrote_to(world: World) ->
     segments = FakeSegments()
     tracker = TreeTracker(100, world.make, segments)
     to_be_called = [tracker.at_freeze]
-    assert [tracker.collect()[100].segments, tracker.collect()[100].segments] == [{7}, {7}]
+    assert [tracker.collect()[100].closed.segments, tracker.collect()[100].closed.segments] == [{7}, {7}]
     assert world.trusted == [frozenset(), {7}]
     assert [*to_be_called, tracker.at_freeze] == [None, segments.at_freeze]
     tracker.close()
@@ -170,7 +168,7 @@ def test_processes_are_told_which_segments_nobody_else_wrote_to(world: World) ->
 def test_in_the_last_look_only_what_was_untouched_is_known(world: World) -> None:
     """Nobody looks again, so that it is not enough to be closed from now on."""
     tracker = TreeTracker(100, world.make, FakeSegments())
-    assert tracker.collect(last=True)[100].segments == frozenset()
+    assert tracker.collect(last=True)[100].closed.segments == frozenset()
 
 
 def test_a_root_that_is_another_process_is_gone(world: World) -> None:

@@ -1,0 +1,129 @@
+"""Memfds in the rounds: whether everybody who can write to one does so through a mapping, and is asked.
+
+A write(2) through a descriptor is in no page table. But a memfd may have lost its descriptors, and then is like
+anonymous shared memory, which is what most of these have been: CRIU restores that as a memfd without a descriptor.
+
+A memfd is *closed* in a look if at its beginning no process of the tree had a descriptor of it, none was on its way in
+a message between them (unix(7), SCM_RIGHTS), and nobody outside has, or maps, it. From there on a descriptor can only
+come from one that there is (dup, fork, SCM_RIGHTS), and there is none; or be opened by way of /proc/PID/map_files,
+which takes CAP_CHECKPOINT_RESTORE and is not covered. So until a look finds one, its page tables tell everything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from coordinator.agent.memory.base import ProcessChanges
+from coordinator.agent.memory.mappings import PROC, read_mappings
+
+_MEMFD, _SOCKET = "/memfd:", "socket:["
+
+#: Of these processes the inodes of the memfds that have a descriptor; ``None`` where one may be on its way.
+Holders = Callable[[Iterable[int]], frozenset[int] | None]
+#: Which of these inodes somebody has who is none of the processes.
+Outside = Callable[[Iterable[int], Iterable[int]], frozenset[int]]
+
+
+class Memfds:
+    """The memfds of one tree of processes. A look begins with ``untouched`` and ends with ``take``; used by one thread
+    at a time."""
+
+    def __init__(self, holders: Holders | None = None, outside: Outside | None = None) -> None:
+        self._holders = holders or held_by
+        self._outside = outside or held_outside
+        self._mapped: frozenset[int] | None = None
+        self._held: frozenset[int] | None = None
+        self._seen_outside: dict[int, bool] = {}
+        self._pids: tuple[int, ...] = ()
+        #: The inodes of those that were closed in the look before.
+        self.closed: frozenset[int] = frozenset()
+
+    def untouched(self, pids: Iterable[int]) -> frozenset[int]:
+        """Begin a look at these processes: the memfds whose every change since the look before they will tell.
+
+        Takes some 3 µs for each of their descriptors; from the second look on only if they map memfds at all."""
+        self._pids = tuple(pids)
+        is_first = self._mapped is None
+        self._held = self._holders(self._pids) if is_first or self._mapped else None
+        return frozenset() if self._held is None else self.closed - self._held
+
+    def take(self, answers: Iterable[ProcessChanges]) -> None:
+        """End a look, with what all processes have answered after it began."""
+        mappings = (mapping for each in answers for mapping in each.changes.mappings)
+        self._mapped = frozenset(mapping.memfd for mapping in mappings if mapping.memfd is not None)
+        free = frozenset() if self._held is None else self._mapped - self._held
+        if new := free - self._seen_outside.keys():
+            found = self._outside(new, self._pids)
+            self._seen_outside.update((inode, inode in found) for inode in new)
+        self.closed = frozenset(inode for inode in free if not self._seen_outside[inode])
+
+
+def held_by(pids: Iterable[int]) -> frozenset[int] | None:
+    """See ``Holders``."""
+    found: set[int] = set()
+    for pid in pids:
+        unix: frozenset[str] | None = None
+        for number, link in _descriptors(pid):
+            if link.startswith(_MEMFD):
+                found.update(_inode(pid, number))
+            elif link.startswith(_SOCKET):
+                unix = _unix_sockets(pid) if unix is None else unix
+                if link[len(_SOCKET) : -1] in unix and _carries_descriptors(pid, number):
+                    return None
+    return frozenset(found)
+
+
+def held_outside(inodes: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
+    """See ``Outside``. Looks at every process of this host: some 0.1 ms for each."""
+    wanted, inside = frozenset(inodes), frozenset(pids)
+    found: set[int] = set()
+    for name in os.listdir(PROC):  # noqa: PTH208 - the names alone
+        if not name.isdigit() or (pid := int(name)) in inside:
+            continue
+        with suppress(OSError):
+            for number, link in _descriptors(pid):
+                found.update(_inode(pid, number) if link.startswith(_MEMFD) else ())
+            found.update(mapping.memfd for mapping in read_mappings(pid) if mapping.memfd is not None)
+    return wanted & found
+
+
+def _inode(pid: int, number: str) -> list[int]:
+    """The inode behind a descriptor; none if it is closed."""
+    with suppress(OSError):
+        return [os.stat(f"/proc/{pid}/fd/{number}").st_ino]  # noqa: PTH116 - there may be thousands
+    return []
+
+
+def _descriptors(pid: int) -> Iterator[tuple[str, str]]:
+    """Numbers and links of a process's descriptors; none if it is gone."""
+    try:
+        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    try:
+        for number in os.listdir(folder):  # noqa: PTH208 - a descriptor
+            with suppress(OSError):  # closed meanwhile
+                yield number, os.readlink(number, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _unix_sockets(pid: int) -> frozenset[str]:
+    """The inodes of the unix sockets in a process's network namespace (proc(5), /proc/net/unix)."""
+    try:
+        lines = Path(f"/proc/{pid}/net/unix").read_text(errors="replace").splitlines()[1:]
+    except OSError:
+        return frozenset()
+    return frozenset(line.split()[6] for line in lines)
+
+
+def _carries_descriptors(pid: int, number: str) -> bool:
+    """Whether descriptors wait to be received from a unix socket (net/unix/af_unix.c, unix_show_fdinfo)."""
+    try:
+        text = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+    except OSError:
+        return False
+    return any(line.startswith("scm_fds:") and line.split()[1] != "0" for line in text.splitlines())

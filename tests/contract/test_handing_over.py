@@ -1,0 +1,135 @@
+"""A shared object of a real process arrives whole, whatever the rounds have sent of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from coordinator.agent.channel import Channel
+from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.filling import StoredMemory
+from coordinator.agent.memory.handing_over import described, hand_over
+from coordinator.agent.memory.memfds import Memfds
+from coordinator.agent.memory.pages import read_pages
+from coordinator.agent.memory.shared import SharedMemory, worth_hiding
+from coordinator.agent.memory.tree import TreeTracker
+from coordinator.agent.memory.write_protect import WriteProtectTracker
+from coordinator.agent.messages import ChannelMessage, HandedOver, PageBatch
+from coordinator.errors import TrackingFailed
+from tests.contract.memory_target import CHOICE, Target, memory_of
+
+pytestmark = pytest.mark.skipif(CHOICE.name != "write_protect", reason=CHOICE.reason)
+
+PAGES = 512
+MAKE = {
+    "anonymous": "area({0}, SHARED | ANON)",
+    "memfd": "(fd := os.memfd_create('m'), os.ftruncate(fd, {0} * PAGE), area({0}, SHARED, fd), os.close(fd))[2]",
+}
+
+
+class Link:
+    """The channel, with the destination's memory at its end."""
+
+    def __init__(self) -> None:
+        self.memory = StoredMemory()
+        self.messages: list[ChannelMessage] = []
+
+    async def send(self, message: ChannelMessage, payload: bytes = b"") -> None:
+        assert self.memory.take(message, payload)
+        self.messages.append(message)
+
+    def pages(self) -> int:
+        return sum(sum(each.counts) for each in self.messages if isinstance(each, PageBatch))
+
+
+class Moving:
+    """The source's rounds over a target, as far as they are about shared memory."""
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.link, self.shared = target, Link(), SharedMemory()
+        self.tree = TreeTracker(target.pid, WriteProtectTracker, memfds=Memfds())
+
+    @property
+    def channel(self) -> Channel:
+        return self.link  # type: ignore[return-value]
+
+    async def round(self, *, last: bool = False) -> list[int]:
+        """The inodes that CRIU need not see after it."""
+        answers = self.tree.collect(last=last).values()
+        for wanted in self.shared.round(answers):
+            await self.channel.send(described(wanted.object, wanted.pid, wanted.mapping))
+            for batch in read_pages(wanted.pid, wanted.runs):
+                starts = tuple(run.start + wanted.shift for run in batch.runs)
+                counts = tuple(run.pages for run in batch.runs)
+                await self.channel.send(PageBatch(pid=wanted.object, starts=starts, counts=counts), bytes(batch.data))
+        if last:
+            await hand_over(self.channel, self.shared, worth_hiding(answers), answers)
+        return list(worth_hiding(answers))
+
+    def arrived(self) -> bytes:
+        (whole,) = (each for each in self.link.messages if isinstance(each, HandedOver))
+        return self.link.memory.content(whole.number, 0, PAGES)
+
+
+@pytest.fixture(params=MAKE)
+def moving(request: pytest.FixtureRequest) -> Iterator[Moving]:
+    with Target() as target:
+        target.run(f"(start := {MAKE[request.param].format(PAGES)})")
+        made = Moving(target)
+        yield made
+        made.tree.close()
+        asyncio.run(made.link.memory.close())
+
+
+def content(target: Target) -> bytes:
+    return memory_of(target.pid, target.run("start"), PAGES * PAGE_BYTES)
+
+
+async def test_what_the_rounds_have_sent_is_not_sent_again(moving: Moving) -> None:
+    target = moving.target
+    target.run(f"put(start, 1, {PAGES - 12})")
+    assert len(await moving.round()) == 1
+    target.run("put(start + 3 * PAGE, 2, 4)")
+    await moving.round()
+    before = moving.link.pages()
+    target.run("put(start + 5 * PAGE, 3, 4)")
+    await moving.round(last=True)
+    assert moving.link.pages() == before + 4
+    assert moving.arrived() == content(target)
+
+
+async def test_what_no_page_table_shows_and_what_is_gone(moving: Moving) -> None:
+    """A child writes and ends; a hole is punched; a part is unmapped, and comes back."""
+    target = moving.target
+    target.run(f"put(start, 1, {PAGES})")
+    await moving.round()
+    child = target.fork("put(start + 100 * PAGE, 4, 10); os._exit(0)")
+    target.run(f"os.waitpid({child}, 0)")
+    target.run("libc.madvise(start + 200 * PAGE, 20 * PAGE, 9)")
+    target.run("libc.madvise(start + 300 * PAGE, 20 * PAGE, 4)")
+    await moving.round(last=True)
+    assert moving.arrived() == content(target)
+    assert moving.arrived()[200 * PAGE_BYTES : 220 * PAGE_BYTES] == bytes(20 * PAGE_BYTES)
+
+
+async def test_what_is_mapped_in_part_arrives_whole(moving: Moving) -> None:
+    target = moving.target
+    target.run(f"put(start, 1, {PAGES})")
+    await moving.round()
+    before = content(target)
+    target.run(f"libc.munmap(start + {PAGES - 100} * PAGE, 100 * PAGE)")
+    await moving.round(last=True)
+    assert moving.arrived() == before
+
+
+async def test_only_large_objects_are_worth_it(moving: Moving) -> None:
+    moving.target.run(f"(small := {MAKE['anonymous'].format(8)})")
+    moving.target.run("put(small, 1, 8)")
+    assert len(await moving.round()) == 1
+
+
+async def test_what_nobody_maps_cannot_be_handed_over(moving: Moving) -> None:
+    with pytest.raises(TrackingFailed, match="no process maps it"):
+        await hand_over(moving.channel, moving.shared, [1], [])
