@@ -11,7 +11,7 @@ import contextlib
 from functools import cached_property
 from typing import Any
 
-from coordinator.agent.channel import Channel, expect
+from coordinator.agent.channel import expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.files.base import FilesSource
@@ -51,9 +51,8 @@ from netfix.gate import FREEZING, OPEN, SILENT
 
 
 class SourceHalf(Half):
-    """See the module. ``channel`` is handed in by ``attach``; a recovery has none."""
+    """See the module."""
 
-    channel: Channel | None = None
     _dump: Dump | None = None
     _root_pid: int = 0
     _frozen_at: float = 0.0
@@ -111,10 +110,6 @@ class SourceHalf(Half):
         self.files.close()
         if self._dump is not None:
             self._dump.let_go()
-
-    def attach(self, channel: Channel) -> None:
-        """Use this channel to the destination half."""
-        self.channel = channel
 
     async def run(self) -> HalfResult:
         """The whole migration as the source sees it."""
@@ -365,11 +360,6 @@ class SourceHalf(Half):
             async with asyncio.timeout(self.plan.deadlines.abort_s + 2 * self.plan.mover_s):
                 while not isinstance((await self.channel.receive())[0], GaveUp | GiveUp):
                     pass
-
-    def _link(self) -> Channel:
-        if self.channel is None:
-            raise ChannelFailed("there is no channel to the destination's agent")
-        return self.channel
 
     def _result(self, outcome: Outcome, error: LivemoveError | None = None) -> HalfResult:
         copied = self.memory.report
