@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -140,6 +140,14 @@ class Half:
         self.warnings.extend(warnings)
         for warning in warnings:
             self._sink(Event(kind="notice", name="WARNING", host=self.host, at_ms=self.elapsed_ms(), detail=warning))
+
+    async def seen(self, look: Awaitable[R], nothing: R) -> R:
+        """What a look finds that nothing hangs on: where it fails that is a warning, and the answer is ``nothing``."""
+        try:
+            return await look
+        except Exception as error:
+            self.warn(f"looking at what there is on {self.host}: {as_livemove_error(error, 'looking')}")
+            return nothing
 
     def elapsed_ms(self) -> float:
         """Milliseconds since this half began."""
