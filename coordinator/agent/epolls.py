@@ -19,6 +19,7 @@ import os
 import re
 import socket
 import struct
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,14 +60,25 @@ class Epolls:
 
     def __init__(self, root_pid: int) -> None:
         self._root_pid = root_pid
+        self._looking = threading.Lock()
+        self._answer: bool | None = None
 
     def pays(self) -> bool:
         """Whether CRIU would take longer to ask than we to look. Takes some milliseconds for thousands of files."""
         return pays(len(entries) for pid in process_tree(self._root_pid) for entries in opened(pid).epolls.values())
 
+    def look(self) -> None:
+        """Find out, at the first call, whether every entry is what its number says: the tasks are frozen, and stay so.
+
+        Who calls meanwhile waits. Raises ``OSError``."""
+        with self._looking:
+            if self._answer is None:
+                self._answer = all(_as_numbered(pid) for pid in process_tree(self._root_pid))
+
     def as_numbered(self) -> bool:
-        """Whether every entry is what its number says; to be asked while the tasks are frozen."""
-        return all(_as_numbered(pid) for pid in process_tree(self._root_pid))
+        """What ``look`` has found, or finds now."""
+        self.look()
+        return bool(self._answer)
 
 
 def pays(entries: Iterable[int]) -> bool:

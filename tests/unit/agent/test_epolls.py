@@ -10,7 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from coordinator.agent.epolls import MOST_ASKED, Entry, as_numbered, is_entry, opened, pays
+from coordinator.agent import epolls
+from coordinator.agent.epolls import MOST_ASKED, Entry, Epolls, as_numbered, is_entry, opened, pays
 
 SOCKETS = {3: 30, 4: 40}
 
@@ -139,6 +140,31 @@ def test_a_number_that_is_another_pipes_end_by_now_is_found(watching: Watching) 
         assert not watching.as_numbered()
     finally:
         os.close(copy)
+
+
+def test_what_was_seen_while_all_stood_still_is_the_answer(watching: Watching) -> None:
+    looked = Epolls(os.getpid())
+    looked.look()
+    copy = os.dup(watching.event)
+    os.close(watching.event)
+    try:
+        assert looked.as_numbered()
+        assert not Epolls(os.getpid()).as_numbered()
+    finally:
+        os.dup2(copy, watching.event)
+        os.close(copy)
+
+
+def test_a_look_that_failed_is_made_again(watching: Watching, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(pid: int) -> list[int]:
+        raise OSError(24, "Too many open files")
+
+    looking = Epolls(os.getpid())
+    with monkeypatch.context() as patched:
+        patched.setattr(epolls, "process_tree", failing)
+        with pytest.raises(OSError, match="Too many"):
+            looking.look()
+    assert looking.as_numbered()
 
 
 def test_a_number_that_is_closed_is_found(watching: Watching) -> None:
