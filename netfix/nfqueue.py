@@ -32,7 +32,8 @@ _F_GSO = 1 << 2
 _PAYLOAD, _CAP_LEN = 10, 13
 _HEADER = struct.Struct("=IHHIIBB2s")
 """nlmsghdr and nfgenmsg; the last field, the queue's number, is in network byte order."""
-_PACKET_HEADER = struct.Struct("!IHB")
+_KIND = struct.Struct("=4xH")
+_PACKET_HEADER = struct.Struct("!IH")
 _ATTRIBUTE = struct.Struct("=HH")
 _LENGTH = struct.Struct("!I")
 _VERDICT_VALUES = struct.Struct("!II")
@@ -188,24 +189,21 @@ def _config(number: int, limits: HoldLimits) -> bytes:
 
 def _parse(message: memoryview) -> HeldPacket | None:
     """Read one message from the kernel; None for an error, which can only be that a verdict came too late."""
-    _, kind, *_ = _HEADER.unpack_from(message)
-    if kind != _PACKET:
+    data = bytes(message)  # a view of its own for each attribute takes longer
+    if _KIND.unpack_from(data)[0] != _PACKET:
         return None
     # The packet's own header is always the first attribute (nfqnl_build_packet_message).
-    offset = _HEADER.size
-    ident, ethertype, _ = _PACKET_HEADER.unpack_from(message, offset + _ATTRIBUTE.size)
-    size, end = 0, len(message)
-    protocol, port, head = OTHER, 0, b""
+    offset, end = _HEADER.size, len(data)
+    ident, ethertype = _PACKET_HEADER.unpack_from(data, offset + _ATTRIBUTE.size)
+    size, payload = 0, b""
     while offset + _ATTRIBUTE.size <= end:
-        length, kind = _ATTRIBUTE.unpack_from(message, offset)
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if kind == _PAYLOAD:
-            payload = message[offset + _ATTRIBUTE.size : offset + length]
-            size = size or len(payload)
-            protocol, port = classify(ethertype, payload)
-            head = bytes(payload) if protocol == OTHER else b""
+            payload = data[offset + _ATTRIBUTE.size : offset + length]
         elif kind == _CAP_LEN:
-            (size,) = _LENGTH.unpack_from(message, offset + _ATTRIBUTE.size)
+            (size,) = _LENGTH.unpack_from(data, offset + _ATTRIBUTE.size)
         elif length < _ATTRIBUTE.size:
             break
         offset += (length + 3) & ~3
-    return HeldPacket(ident, protocol, size, port, head)
+    protocol, port = classify(ethertype, payload)
+    return HeldPacket(ident, protocol, size or len(payload), port, payload if protocol == OTHER else b"")

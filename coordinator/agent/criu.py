@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from coordinator.agent.criu_filter import CriuFilter
+from coordinator.agent.freeze_watch import FreezeWatch
 from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, PRE_RESUME, Hook
 from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
-from coordinator.agent.nap import NapWatch
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
@@ -153,7 +153,7 @@ class CriuDump(CriuRun):
 
     def freeze(self) -> None:
         """See ``Dump``."""
-        watch = NapWatch(self._running.pid, self._root_pid)
+        watch = FreezeWatch(self._running.pid, self._root_pid, self._filter.at_stillness)
         self._dumping.callback(watch.end)
         self._dumping.callback(self._filter.close)
         watch.begin()

@@ -3,7 +3,7 @@
 - Its PAGEMAP_SCAN calls are handed to us (seccomp_unotify(2)), so that it does not see the pages that we send
   (``memory/hidden_pages``); and so is its question where a file has data (lseek(2), SEEK_DATA), for shared memory.
 - Its questions whether an entry of an epoll is what its number says are answered in the kernel with yes, if we have
-  seen that all of them are (``epolls``).
+  seen that all of them are (``epolls``), since all tasks stood still or else while CRIU is held.
 
 A process under a filter can neither suspend other processes' filters nor read them (kernel/ptrace.c,
 check_ptrace_options; kernel/seccomp.c, seccomp_get_filter), and CRIU does both to every container that has one. So it
@@ -177,6 +177,12 @@ class CriuFilter:
         """See, while the tasks run, whether to answer for their epolls: some milliseconds for thousands of files."""
         epolls = Epolls(self._root_pid)
         self._epolls = epolls if epolls.pays() else None
+
+    @property
+    def at_stillness(self) -> Callable[[], None] | None:
+        """To be called, in a thread, as soon as all tasks stand still until the dump's end, which is before CRIU is
+        held: then less is left to be done while it is. ``None``: need not be."""
+        return self._epolls.look if self._epolls is not None else None
 
     def arm(self, command: int) -> None:
         """Wait, in a thread, for CRIU to come to the root: a descendant of the process ``command``, or itself.

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from coordinator.agent.channel import Channel, peer_aborted
+from coordinator.agent.channel import peer_aborted
 from coordinator.agent.criu import Restore
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.half import ANY_REASON, as_livemove_error, ended, uninterrupted
@@ -45,7 +45,7 @@ from netfix.hold import HoldReport
 
 
 class DestinationHalf(HalfWithMemory):
-    """See the module. ``channel`` is handed in by ``attach``; a recovery has none."""
+    """See the module."""
 
     _go: asyncio.Future[Go] | None = None
     _received_bytes: int = 0
@@ -89,10 +89,6 @@ class DestinationHalf(HalfWithMemory):
         """See ``Half``."""
         if self._restore is not None:
             self._restore.let_go()
-
-    def attach(self, channel: Channel) -> None:
-        """Use this channel to the source half."""
-        self.channel = channel
 
     async def run(self) -> HalfResult:
         """The whole migration as the destination sees it."""
@@ -392,8 +388,3 @@ class DestinationHalf(HalfWithMemory):
         else:
             await self.wait_criu(params)
         await self.runtime.discard()
-
-    def _link(self) -> Channel:
-        if self.channel is None:
-            raise ChannelFailed("there is no channel to the source's agent")
-        return self.channel

@@ -19,11 +19,11 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from coordinator.agent.other_processes import kcmp
 from coordinator.agent.tasks import process_tree
@@ -43,12 +43,8 @@ MOST_ASKED = 64
 _STEP_US, _LOOK_US, _FILTER_US = 0.0075, 8, 6000
 
 
-class Entry(NamedTuple):
-    """An entry of an epoll: the number under which a file was added, and that file's inode and device."""
-
-    number: int
-    inode: int
-    device: int
+#: An entry of an epoll: the number under which a file was added, and that file's inode and device.
+Entry = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +60,25 @@ class Epolls:
 
     def __init__(self, root_pid: int) -> None:
         self._root_pid = root_pid
+        self._looking = threading.Lock()
+        self._answer: bool | None = None
 
     def pays(self) -> bool:
         """Whether CRIU would take longer to ask than we to look. Takes some milliseconds for thousands of files."""
         return pays(len(entries) for pid in process_tree(self._root_pid) for entries in opened(pid).epolls.values())
 
+    def look(self) -> None:
+        """Find out, at the first call, whether every entry is what its number says: the tasks are frozen, and stay so.
+
+        Who calls meanwhile waits. Raises ``OSError``."""
+        with self._looking:
+            if self._answer is None:
+                self._answer = all(_as_numbered(pid) for pid in process_tree(self._root_pid))
+
     def as_numbered(self) -> bool:
-        """Whether every entry is what its number says; to be asked while the tasks are frozen."""
-        return all(_as_numbered(pid) for pid in process_tree(self._root_pid))
+        """What ``look`` has found, or finds now."""
+        self.look()
+        return bool(self._answer)
 
 
 def pays(entries: Iterable[int]) -> bool:
@@ -87,33 +94,24 @@ def as_numbered(entries: Collection[Entry], sockets: Mapping[int, int], asked: C
     """Whether every entry of an epoll is what its number says. ``asked`` tells it of a number, at a price.
 
     Two entries of one number: at least one of them is not."""
-    if len({entry.number for entry in entries}) < len(entries):
+    if len({number for number, _, _ in entries}) < len(entries):
         return False
-    device = _socket_device()
-    others = [number for number, *file in entries if file != [sockets.get(number), device]]
+    socket_device = _socket_device()
+    others = [number for number, inode, device in entries if inode != sockets.get(number) or device != socket_device]
     return len(others) <= MOST_ASKED and all(map(asked, others))
 
 
 def opened(pid: int) -> Opened:
-    """What a process has open; nothing, if it is gone."""
-    sockets: dict[int, int] = {}
-    epolls: dict[int, Collection[Entry]] = {}
+    """What a process has open; nothing, if it is gone. Some 7 µs for each file, nearly all of it the kernel's."""
     try:
-        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        links = dict(_links(pid))
     except (FileNotFoundError, ProcessLookupError):
         return Opened()
-    try:
-        with os.scandir(folder) as files:
-            numbers = [file.name for file in files]
-        for number in numbers:
-            with suppress(FileNotFoundError):  # closed meanwhile
-                link = os.readlink(number, dir_fd=folder)
-                if link.startswith(_SOCKET):
-                    sockets[int(number)] = int(link[len(_SOCKET) : -1])
-                elif link == _EPOLL:
-                    epolls[int(number)] = _entries(f"/proc/{pid}/fdinfo/{number}")
-    finally:
-        os.close(folder)
+    sockets = {int(number): int(link[len(_SOCKET) : -1]) for number, link in links.items() if link.startswith(_SOCKET)}
+    epolls = {}
+    for number in (number for number, link in links.items() if link == _EPOLL):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            epolls[int(number)] = _entries(f"/proc/{pid}/fdinfo/{number}")
     return Opened(sockets, epolls)
 
 
@@ -130,6 +128,19 @@ def _as_numbered(pid: int) -> bool:
     )
 
 
+def _links(pid: int) -> Iterator[tuple[str, str]]:
+    """The numbers of a process's files, with what they lead to."""
+    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for number in os.listdir(folder):  # noqa: PTH208 - a Path takes as long as the call
+            try:
+                yield number, os.readlink(number, dir_fd=folder)
+            except FileNotFoundError:  # closed meanwhile
+                continue
+    finally:
+        os.close(folder)
+
+
 def _entries(path: str) -> list[Entry]:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -139,7 +150,7 @@ def _entries(path: str) -> list[Entry]:
     finally:
         os.close(descriptor)
     found = _ENTRY.findall(b"".join(parts))
-    return [Entry(int(number), int(inode, 16), int(device, 16)) for number, inode, device in found]
+    return [(int(number), int(inode, 16), int(device, 16)) for number, inode, device in found]
 
 
 def _socket_device() -> int:

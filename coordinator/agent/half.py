@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from coordinator.agent.channel import Channel
 from coordinator.agent.criu import Checkpointer
 from coordinator.agent.deeds import Deeds, Undoer
 from coordinator.agent.files.base import FilesSource, FilesTarget
@@ -16,7 +17,7 @@ from coordinator.agent.memory.filling import FillingMemory
 from coordinator.agent.network import ServiceNetwork
 from coordinator.agent.priority import Pace
 from coordinator.agent.runtimes.base import Runtime
-from coordinator.errors import AgentFailed, DeadlineExceeded, Interrupted, LivemoveError
+from coordinator.errors import AgentFailed, ChannelFailed, DeadlineExceeded, Interrupted, LivemoveError
 from coordinator.events import Event, EventSink
 from coordinator.journal import Journal, Phase
 from coordinator.protocol import HalfResult, MemoryPolicy, MigrationPlan, Outcome, PhaseTime
@@ -48,9 +49,10 @@ class Adapters:
 
 
 class Half:
-    """Base of the source half and the destination half. ``lingering``: what goes on after it ended in doubt, and what
-    its agent stays alive for."""
+    """Base of the source half and the destination half. ``channel``: to the other one, handed in by ``attach``; a
+    recovery has none. ``lingering``: what goes on after it ended in doubt, and what its agent stays alive for."""
 
+    channel: Channel | None = None
     lingering: asyncio.Future[None] | None = None
 
     def __init__(
@@ -76,6 +78,10 @@ class Half:
     def undoers(self) -> dict[str, Undoer]:
         """How each deed of this half is undone."""
         raise NotImplementedError
+
+    def attach(self, channel: Channel) -> None:
+        """Use this channel to the other half."""
+        self.channel = channel
 
     def enter(self, phase: Phase, *, durable: bool = False, reason: str = "") -> None:
         """Record a phase in the journal, then tell of it."""
@@ -135,6 +141,14 @@ class Half:
         for warning in warnings:
             self._sink(Event(kind="notice", name="WARNING", host=self.host, at_ms=self.elapsed_ms(), detail=warning))
 
+    async def seen(self, look: Awaitable[R], nothing: R) -> R:
+        """What a look finds that nothing hangs on: where it fails that is a warning, and the answer is ``nothing``."""
+        try:
+            return await look
+        except Exception as error:
+            self.warn(f"looking at what there is on {self.host}: {as_livemove_error(error, 'looking')}")
+            return nothing
+
     def elapsed_ms(self) -> float:
         """Milliseconds since this half began."""
         return (self.clock() - self._began) * 1000
@@ -156,6 +170,11 @@ class Half:
         """Wait until the CRIU command of a deed has ended; its hook has been told by the journal what to do."""
         if params.get("pid") and not await self.adapters.wait_gone(params["pid"], params["started"]):
             raise AgentFailed(f"CRIU (pid {params['pid']}) is still running", "Look at that process.")
+
+    def _link(self) -> Channel:
+        if self.channel is None:
+            raise ChannelFailed("there is no channel to the other host's agent")
+        return self.channel
 
     def finished(self, phase: Phase) -> None:
         """Enter the last phase, unless something could not be undone: then a recovery finds it unfinished."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -50,8 +50,8 @@ class ImageSpace(Protocol):
     def names(self) -> set[str]:
         """The image files that are there."""
 
-    def sizes(self) -> dict[str, int]:
-        """The image files, by name, with their bytes. Some 5 µs for each."""
+    def sizes(self, but: Container[str] = ()) -> dict[str, int]:
+        """The image files but those in ``but``, by name, with their bytes. Some 5 µs for each, and 1 µs for those."""
 
     @property
     def written(self) -> Mapping[str, int]:
@@ -104,11 +104,12 @@ class TmpfsImageSpace:
             found = {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
         return found | {INVENTORY} if self._aside.is_file() else found
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, but: Container[str] = ()) -> dict[str, int]:
         """See ``ImageSpace``."""
         with os.scandir(self.images) as entries:
-            found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        if self._aside.is_file():
+            wanted = (entry for entry in entries if entry.name not in but and entry.is_file())
+            found = {entry.name: entry.stat().st_size for entry in wanted}
+        if INVENTORY not in but and self._aside.is_file():
             found[INVENTORY] = self._aside.stat().st_size
         return found
 

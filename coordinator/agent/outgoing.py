@@ -16,7 +16,7 @@ from coordinator.events import Progress
 _SMALL_BYTES = 64 * 1024
 
 #: There is one for each connection. CRIU opens, writes and closes them one after the other (criu/sk-tcp.c,
-#: dump_tcp_conn_state), so that all but the last are complete.
+#: dump_tcp_conn_state), so that all but the last are complete. If one were not, the restore would fail.
 _OF_CONNECTION = "tcp-stream-"
 #: How often to look for them, how many are worth a message, and how many are read before anything else gets its turn.
 _LOOK_S, _WORTH, _AT_ONCE = 0.02, 200, 400
@@ -39,23 +39,26 @@ NOTHING_SENT = SentImages(0, {})
 async def send_finished(
     link: Channel, images: ImageSpace, dumped: asyncio.Future[None], progress: Progress
 ) -> SentImages:
-    """While CRIU dumps, send what it has finished with: the images of connections, if there are many.
+    """While CRIU dumps, send what it has finished with: the small images of connections, if there are many.
 
-    Returns soon after ``dumped`` is done, whatever its outcome."""
+    Returns as soon as ``dumped`` is done, whatever its outcome."""
     sizes: dict[str, int] = {}
     known: set[str] = set()
+    read: set[str] = set()
     sent = 0
-    while not dumped.done():
-        await asyncio.wait((dumped,), timeout=_LOOK_S)
+    while not (await asyncio.wait((dumped,), timeout=_LOOK_S))[0]:
         found = {name for name in images.names() if name.startswith(_OF_CONNECTION)}
-        finished, known = known - sizes.keys() if found > known else set(), found
+        finished, known = known - read if found > known else set(), found
         if len(finished) < _WORTH:
             continue
         names = sorted(finished)[:_AT_ONCE]
-        contents = [images.read(name, 0, _SMALL_BYTES) for name in names]
-        await link.send(SmallImages(names=tuple(names), sizes=tuple(map(len, contents))), b"".join(contents))
-        sizes.update(zip(names, map(len, contents), strict=True))
-        sent += sum(map(len, contents))
+        read.update(names)
+        contents = {name: images.read(name, 0, _SMALL_BYTES) for name in names}
+        small = {name: content for name, content in contents.items() if len(content) < _SMALL_BYTES}  # nothing is left
+        lengths = {name: len(content) for name, content in small.items()}
+        await link.send(SmallImages(names=tuple(lengths), sizes=tuple(lengths.values())), b"".join(small.values()))
+        sizes |= lengths
+        sent += sum(lengths.values())
         progress("images", sent, sent)
     return SentImages(sent, sizes)
 
@@ -69,8 +72,8 @@ async def send_images(
 ) -> SentImages:
     """Send all images that are there, but what was sent ``before``; of those in ``stored``, only what the destination
     does not have. ``progress`` is told of the bytes."""
-    sizes = images.sizes()
-    missing = {name: size for name, size in sizes.items() if before.sizes.get(name) != size}
+    missing = images.sizes(before.sizes)
+    sizes = {**before.sizes, **missing}
     small = {name: size for name, size in missing.items() if size <= _SMALL_BYTES and name not in stored}
     sent, total = before.bytes, sum(sizes.values())
 

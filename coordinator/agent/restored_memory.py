@@ -11,7 +11,6 @@ import contextlib
 from functools import cached_property
 from typing import Any
 
-from coordinator.agent.channel import Channel
 from coordinator.agent.criu import Restore
 from coordinator.agent.files.base import FilesTarget
 from coordinator.agent.half import Half, as_livemove_error
@@ -33,7 +32,6 @@ class HalfWithMemory(Half):
     """What a destination half knows of memory, and of files, which are all there before the tasks run. A recovery has
     no memory, but may find another agent's guard."""
 
-    channel: Channel | None = None
     _restore: Restore | None = None
     _memory: FillingMemory | None = None
     _fetcher: PageFetcher | None = None

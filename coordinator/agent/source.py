@@ -11,7 +11,7 @@ import contextlib
 from functools import cached_property
 from typing import Any
 
-from coordinator.agent.channel import Channel, expect
+from coordinator.agent.channel import expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.files.base import FilesSource
@@ -51,9 +51,8 @@ from netfix.gate import FREEZING, OPEN, SILENT
 
 
 class SourceHalf(Half):
-    """See the module. ``channel`` is handed in by ``attach``; a recovery has none."""
+    """See the module."""
 
-    channel: Channel | None = None
     _dump: Dump | None = None
     _root_pid: int = 0
     _frozen_at: float = 0.0
@@ -112,10 +111,6 @@ class SourceHalf(Half):
         if self._dump is not None:
             self._dump.let_go()
 
-    def attach(self, channel: Channel) -> None:
-        """Use this channel to the destination half."""
-        self.channel = channel
-
     async def run(self) -> HalfResult:
         """The whole migration as the source sees it."""
         try:
@@ -151,8 +146,6 @@ class SourceHalf(Half):
             sizes = dict(self._sent.sizes)
             await self._link().send(ImagesComplete(sizes=sizes, pages_later=self.memory.fetched_later))
             self.part("images sent")
-            self._sockets = await self.network.sockets(self._root_pid)
-            self.warn(*(f"{self.host}: {loss}" for loss in await self.settling.losses()))
             await self.memory.serve_until(self._link(), Staged)
             self.part("the destination restores")
             self.files.check_untouched()
@@ -249,34 +242,42 @@ class SourceHalf(Half):
                 await self.memory.serve_until(self._link(), Resumed)
                 self.part("the destination resumes")
         except Exception as error:
-            # Whether GO arrived is unknown, and only the destination can tell. Our copy is of no use any more (I3), but
-            # the gate stays closed until a recovery knows.
-            self.let_go()
-            await self._close_memory()
+            await self._tell_losses()
             known = as_livemove_error(error, "waiting for the destination to resume")
-            doubt = InDoubt(f"committed, and then the destination was not heard of: {known}", known.hint)
-            return self._result("in_doubt", doubt)
+            return await self._leave("committed, and then the destination was not heard of", known)
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
         self.adapters.pace("usual")
         self.enter(Phase.RESUMED, durable=True)
         self.record_parts()
+        await self._tell_losses()
         if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
             self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
-        if self.memory.fetched_later and (unserved := await self._serve_pages()) is not None:
-            return self._result("in_doubt", unserved)
+        try:
+            if self.memory.fetched_later:  # post-copy: the destination needs the frozen tasks until it has all pages
+                async with asyncio.timeout(self.plan.deadlines.fill_s):
+                    await self.memory.serve_until(self._link(), FilledIn)
+        except Exception as error:
+            known = as_livemove_error(error, "serving pages")
+            return await self._leave("the destination runs and its memory could not all be sent", known)
+        await self._note_sockets()
         return await self.release()
 
-    async def _serve_pages(self) -> InDoubt | None:
-        """Post-copy: the destination runs and still needs the frozen tasks' pages, until it has them all."""
-        try:
-            async with asyncio.timeout(self.plan.deadlines.fill_s):
-                await self.memory.serve_until(self._link(), FilledIn)
-        except Exception as error:
-            self.let_go()
-            await self._close_memory()
-            known = as_livemove_error(error, "serving pages")
-            return InDoubt(f"the destination runs and its memory could not all be sent: {known}", known.hint)
-        return None
+    async def _leave(self, how_far: str, error: LivemoveError) -> HalfResult:
+        """In doubt after the commit: whether GO arrived, say, only the destination can tell. Our copy is of no use any
+        more (I3), but the gate stays closed until a recovery knows."""
+        await self._note_sockets()
+        self.let_go()
+        await self._close_memory()
+        return self._result("in_doubt", InDoubt(f"{how_far}: {error}", error.hint))
+
+    async def _tell_losses(self) -> None:
+        """What does not move is seen when nobody waits for it any more: the sockets are as they were frozen."""
+        for loss in await self.seen(self.settling.losses(), []):
+            self.warn(f"{self.host}: {loss}")
+
+    async def _note_sockets(self) -> None:
+        """What has moved is seen later still, when the destination needs no pages of ours."""
+        self._sockets = await self.seen(self.network.sockets(self._root_pid), ())
 
     async def release(self) -> HalfResult:
         """After the destination resumed: let CRIU kill the frozen copy, and leave nothing but the journal (I5).
@@ -365,11 +366,6 @@ class SourceHalf(Half):
             async with asyncio.timeout(self.plan.deadlines.abort_s + 2 * self.plan.mover_s):
                 while not isinstance((await self.channel.receive())[0], GaveUp | GiveUp):
                     pass
-
-    def _link(self) -> Channel:
-        if self.channel is None:
-            raise ChannelFailed("there is no channel to the destination's agent")
-        return self.channel
 
     def _result(self, outcome: Outcome, error: LivemoveError | None = None) -> HalfResult:
         copied = self.memory.report

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,14 +262,21 @@ for pair in pairs:
 """
 
 
-async def said_of_entries(target: Target, folder: Path, hidden: HiddenPages | None, *numbers: int) -> list[str]:
-    """What a program like CRIU is told, whether entries of the target's epoll are what these numbers say."""
+async def said_of_entries(
+    target: Target, folder: Path, hidden: HiddenPages | None, *numbers: int, still: Callable[[], object] | None = None
+) -> list[str]:
+    """What a program like CRIU is told, whether entries of the target's epoll are what these numbers say. ``still``
+    is called after it was looked at them already."""
     os.mkfifo(folder / "go")
     image = folder / f"ids-{target.pid}.img"
     words = (str(image), str(target.pid), str(target.run("epoll.fileno()")), *map(str, numbers))
     running = await start(Command((sys.executable, "-c", ASKING, *words), {"PYTHONPATH": str(ROOT)}), folder / "said")
     over = CriuFilter(target.pid, hidden, folder)
     over.look()
+    if still is not None:
+        assert over.at_stillness is not None
+        over.at_stillness()
+        still()
     over.arm(running.pid)
     await let_go(folder)
     assert await running.wait() == 0, (folder / "said").read_text()
@@ -287,6 +295,12 @@ async def test_who_asks_of_epolls_that_were_looked_at_is_told_yes(target: Target
     assert hidden is None or not hidden.refusal
 
 
+async def test_what_was_seen_before_the_scanner_came_is_not_looked_at_again(target: Target, tmp_path: Path) -> None:
+    target.run(f"exec({WATCHING!r}, globals())")
+    close = "exec('import os; copy = os.dup(pairs[7][0].fileno()); pairs[7][0].close()', globals())"
+    assert await said_of_entries(target, tmp_path, None, 99999, still=lambda: target.run(close)) == ["True"]
+
+
 async def test_with_one_entry_that_is_not_what_its_number_says_the_kernel_answers(
     target: Target, tmp_path: Path
 ) -> None:
@@ -299,4 +313,7 @@ async def test_with_one_entry_that_is_not_what_its_number_says_the_kernel_answer
 async def test_of_few_entries_the_kernel_is_asked(target: Target, tmp_path: Path) -> None:
     target.run(f"exec({WATCHING.replace('1000', '10')!r}, globals())")
     assert await said_of_entries(target, tmp_path, None, 99999) == ["False"]
+    over = CriuFilter(target.pid, None, tmp_path)
+    over.look()
+    assert over.at_stillness is None
     assert status_field(os.getpid(), "Seccomp") == "0"

@@ -41,6 +41,7 @@ async def test_images_are_written_in_parts_and_read_back(space: ImageSpace) -> N
     assert space.sizes() == {"pages-1.img": 6, "empty.img": 0}
     assert space.names() == {"pages-1.img", "empty.img"}
     assert space.written == space.sizes()
+    assert space.sizes(("pages-1.img", "none.img")) == {"empty.img": 0}
     assert space.read("pages-1.img", 0, 100) == b"abcdef"
     assert space.read("pages-1.img", 4, 1) == b"e"
     assert space.read("pages-1.img", 6, 10) == b""

@@ -6,7 +6,7 @@ process counts of pages: `present` and `lazy` ones in its image, those `hidden` 
 them that are in the image all the same (`told`), and those of its private memory that are neither hidden nor in the
 image (`lost`). That is checked against the page maps of the tasks while they stand frozen. And whether the entries
 of their epolls were looked at before CRIU came to files (`epolls_in_time`), and are what their numbers say
-(`as_numbered`).
+(`as_numbered`); and whether that look had begun when all tasks stood still, before CRIU was held (`before_held`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import struct
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,17 @@ class WatchedEpolls(Epolls):
     """Worth while for any number of entries."""
 
     images = Path()
-    in_time = as_they_say = False
+    in_time = as_they_say = before_held = False
 
     def pays(self) -> bool:
         """See ``Epolls``."""
         return True
+
+    def look(self) -> None:
+        """See ``Epolls``."""
+        if self._answer is None and threading.current_thread().name == "freeze-watch":
+            WatchedEpolls.before_held = True
+        super().look()
 
     def as_numbered(self) -> bool:
         """See ``Epolls``."""
@@ -139,7 +146,7 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
     images.mkdir()
     work.mkdir()
     WatchedEpolls.images = images
-    WatchedEpolls.in_time = WatchedEpolls.as_they_say = False
+    WatchedEpolls.in_time = WatchedEpolls.as_they_say = WatchedEpolls.before_held = False
     journal = Journal.create(folder, "m-1", "source", {})
     hidden = HiddenPages(tasks.root_pid) if hide else None
     command = runtime.dump_command(tasks, images, work, lazy=True)
@@ -168,6 +175,7 @@ async def dump(workload: WorkloadSpec, folder: Path, *, hide: bool) -> dict[str,
         "refusal": "" if hidden is None else hidden.refusal,
         "epolls_in_time": WatchedEpolls.in_time,
         "as_numbered": WatchedEpolls.as_they_say,
+        "before_held": WatchedEpolls.before_held,
         "processes": processes,
     }
 

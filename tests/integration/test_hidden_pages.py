@@ -58,8 +58,10 @@ def test_hidden_pages_are_in_no_image_and_all_others_are(lab: Lab, name: str) ->
     scene = Scene.start(lab, name, memory_mb=MEMORY_MB, dirty_mb_s=3, program="memory_server")
     try:
         with code_on(lab.host("alpha")):
-            (seen,) = dumped(lab.host("alpha"), scene, "no")
+            seen, *more = dumped(lab.host("alpha"), scene, "no", "5")
             (unseen,) = dumped(lab.host("alpha"), scene, "yes")
+        # A machine with other work may see too late that all tasks stand still, but not every time.
+        assert any(each["before_held"] for each in (seen, *more))
         assert unseen["refusal"] == ""
         for each in (seen, unseen):  # the images in which CRIU is held come in that order
             assert each["epolls_in_time"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Container
 from pathlib import Path
 
 from coordinator.agent.fakes.world import Life, Machine
@@ -57,9 +58,9 @@ class FakeImageSpace:
         """See ``ImageSpace``."""
         return set(self._files())
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, but: Container[str] = ()) -> dict[str, int]:
         """See ``ImageSpace``."""
-        return {name: len(content) for name, content in self._files().items()}
+        return {name: len(content) for name, content in self._files().items() if name not in but}
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See ``ImageSpace``."""

@@ -10,7 +10,8 @@ from contextlib import closing
 
 import pytest
 
-from coordinator.agent.epolls import MOST_ASKED, Entry, as_numbered, is_entry, opened, pays
+from coordinator.agent import epolls
+from coordinator.agent.epolls import MOST_ASKED, Entry, Epolls, as_numbered, is_entry, opened, pays
 
 SOCKETS = {3: 30, 4: 40}
 
@@ -19,8 +20,8 @@ def of_socket(number: int, inode: int) -> Entry:
     """An entry with a device as sockets have it."""
     with select.epoll() as epoll, socket.socket() as real:
         epoll.register(real, select.EPOLLIN)
-        (entry,) = opened(os.getpid()).epolls[epoll.fileno()]
-    return Entry(number, inode, entry.device)
+        ((_, _, device),) = opened(os.getpid()).epolls[epoll.fileno()]
+    return number, inode, device
 
 
 THREE, FOUR = of_socket(3, 30), of_socket(4, 40)
@@ -35,7 +36,7 @@ def test_sockets_with_the_same_inode_are_not_asked_about() -> None:
     assert as_numbered([], SOCKETS, never)
 
 
-@pytest.mark.parametrize("entry", [of_socket(4, 30), FOUR._replace(device=FOUR.device + 1), of_socket(5, 40)])
+@pytest.mark.parametrize("entry", [of_socket(4, 30), (*FOUR[:2], FOUR[2] + 1), of_socket(5, 40)])
 @pytest.mark.parametrize("same", [False, True])
 def test_of_all_else_the_kernel_is_asked(entry: Entry, same: bool) -> None:
     asked = []
@@ -45,7 +46,7 @@ def test_of_all_else_the_kernel_is_asked(entry: Entry, same: bool) -> None:
         return same
 
     assert as_numbered([THREE, entry], SOCKETS, ask) is same
-    assert asked == [entry.number]
+    assert asked == [entry[0]]
 
 
 def test_two_entries_of_one_number_cannot_both_be_what_has_it_now() -> None:
@@ -54,7 +55,7 @@ def test_two_entries_of_one_number_cannot_both_be_what_has_it_now() -> None:
 
 
 def test_of_many_that_are_no_sockets_criu_asks_itself() -> None:
-    others = [Entry(100 + n, 7, 14) for n in range(MOST_ASKED + 1)]
+    others = [(100 + n, 7, 14) for n in range(MOST_ASKED + 1)]
     assert as_numbered(others[1:], SOCKETS, lambda _: True)
     assert not as_numbered(others, SOCKETS, never)
 
@@ -83,7 +84,7 @@ class Watching:
             os.close(number)
 
     def entries(self) -> dict[int, Entry]:
-        return {entry.number: entry for entry in opened(os.getpid()).epolls[self.epoll.fileno()]}
+        return {entry[0]: entry for entry in opened(os.getpid()).epolls[self.epoll.fileno()]}
 
     def as_numbered(self) -> bool:
         there, epoll = opened(os.getpid()), self.epoll.fileno()
@@ -100,8 +101,8 @@ def test_what_is_open_is_read_from_the_kernel(watching: Watching) -> None:
     entries = watching.entries()
     assert set(entries) == set(watching.numbers)
     entry = entries[watching.ours.fileno()]
-    assert entry.inode == opened(os.getpid()).sockets[watching.ours.fileno()]
-    assert entry.inode == os.fstat(watching.ours.fileno()).st_ino
+    assert entry[1] == opened(os.getpid()).sockets[watching.ours.fileno()]
+    assert entry[1] == os.fstat(watching.ours.fileno()).st_ino
     assert watching.reader not in opened(os.getpid()).sockets
     assert watching.as_numbered()
 
@@ -139,6 +140,31 @@ def test_a_number_that_is_another_pipes_end_by_now_is_found(watching: Watching) 
         assert not watching.as_numbered()
     finally:
         os.close(copy)
+
+
+def test_what_was_seen_while_all_stood_still_is_the_answer(watching: Watching) -> None:
+    looked = Epolls(os.getpid())
+    looked.look()
+    copy = os.dup(watching.event)
+    os.close(watching.event)
+    try:
+        assert looked.as_numbered()
+        assert not Epolls(os.getpid()).as_numbered()
+    finally:
+        os.dup2(copy, watching.event)
+        os.close(copy)
+
+
+def test_a_look_that_failed_is_made_again(watching: Watching, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(pid: int) -> list[int]:
+        raise OSError(24, "Too many open files")
+
+    looking = Epolls(os.getpid())
+    with monkeypatch.context() as patched:
+        patched.setattr(epolls, "process_tree", failing)
+        with pytest.raises(OSError, match="Too many"):
+            looking.look()
+    assert looking.as_numbered()
 
 
 def test_a_number_that_is_closed_is_found(watching: Watching) -> None:

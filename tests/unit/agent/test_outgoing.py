@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from coordinator.agent.fakes.clock import run
 from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.world import Life, World
-from coordinator.agent.messages import ChannelMessage, SmallImages
-from coordinator.agent.outgoing import SentImages, batches, send_finished, send_images
+from coordinator.agent.messages import ChannelMessage, ImageChunk, SmallImages
+from coordinator.agent.outgoing import _SMALL_BYTES, SentImages, batches, send_finished, send_images
 from tests.unit.agent.stage import make_plan
 
 MOST = 100
@@ -29,8 +29,11 @@ class Sink:
         self.messages = 0
 
     async def send(self, message: ChannelMessage, payload: bytes = b"") -> None:
-        assert isinstance(message, SmallImages)
         self.messages += 1
+        if isinstance(message, ImageChunk):
+            self.files[message.name] = self.files.get(message.name, b"")[: message.offset] + payload
+            return
+        assert isinstance(message, SmallImages)
         at = 0
         for name, size in zip(message.names, message.sizes, strict=True):
             self.files[name] = payload[at : at + size]
@@ -56,7 +59,7 @@ def name_of(number: int) -> str:
 
 
 def dump_of(
-    images: FakeImageSpace, connections: int, a_second: int, sink: Sink
+    images: FakeImageSpace, connections: int, a_second: int, sink: Sink, content: Callable[[int], bytes] = b"%d".__mod__
 ) -> Callable[[], tuple[SentImages, SentImages]]:
     """A dump with so many connections, so many of them a second, of which the last is never complete before its end."""
 
@@ -65,7 +68,7 @@ def dump_of(
         for number in range(connections):
             images.write(name_of(number), 0, b"")
             await asyncio.sleep(1 / a_second)
-            images.write(name_of(number), 0, b"%d" % number)
+            images.write(name_of(number), 0, content(number))
         images.write("inventory.img", 0, b"last")
 
     async def both() -> tuple[SentImages, SentImages]:
@@ -95,11 +98,27 @@ def test_few_connections_go_at_the_end_in_one_message(images: FakeImageSpace) ->
     assert sink.files.keys() == images.names()
 
 
-def test_an_image_that_was_larger_than_what_is_read_early_is_sent_whole(images: FakeImageSpace) -> None:
-    images.write(name_of(1), 0, b"x" * 10)
+@pytest.mark.parametrize("size", [_SMALL_BYTES - 1, _SMALL_BYTES, _SMALL_BYTES + 1])
+def test_of_a_connection_whose_queues_are_long_the_image_is_sent_whole(images: FakeImageSpace, size: int) -> None:
+    """Early, if it is known to be whole; or else at the end."""
     sink = Sink()
-    run(send_images(sink, images, {}, lambda *_: None, SentImages(5, {name_of(1): 5})))
-    assert sink.files == {name_of(1): b"x" * 10}
+    contents = [b"%d" % number if number % 100 else b"x" * size for number in range(1000)]
+    early, sent = dump_of(images, 1000, 10_000, sink, contents.__getitem__)()
+    assert (name_of(100) in early.sizes) is (size < _SMALL_BYTES)
+    assert name_of(101) in early.sizes
+    assert [sink.files[name_of(number)] for number in range(1000)] == contents
+    assert sent.sizes == images.sizes()
+    assert set(sink.times.values()) == {1}
+    assert sent.bytes == sum(map(len, sink.files.values()))
+
+
+def test_what_was_sent_is_not_looked_at_again(images: FakeImageSpace) -> None:
+    for number in range(3):
+        images.write(name_of(number), 0, b"new")
+    sink = Sink()
+    sent = run(send_images(sink, images, {}, lambda *_: None, SentImages(5, {name_of(1): 5})))
+    assert sink.files.keys() == {name_of(0), name_of(2)}
+    assert sent == SentImages(11, {name_of(0): 3, name_of(1): 5, name_of(2): 3})
 
 
 def test_a_dump_that_fails_ends_the_sending(images: FakeImageSpace) -> None:

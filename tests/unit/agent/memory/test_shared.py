@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +79,8 @@ class Images:
     def names(self) -> set[str]:
         return set(self.files)
 
-    def sizes(self) -> dict[str, int]:
-        return {name: len(content) for name, content in self.files.items()}
+    def sizes(self, but: Container[str] = ()) -> dict[str, int]:
+        return {name: len(content) for name, content in self.files.items() if name not in but}
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         return self.files[name][offset : offset + size]

@@ -86,14 +86,72 @@ def test_a_service_that_does_not_accept_is_not_even_diverted(tmp_path: Path) -> 
     assert "alpha: gate silent" not in stage.world.history
 
 
-def test_what_is_lost_is_told(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    stage.world.source.pending.append(SocketRecord("ipv4", "udp", "UNCONNECTED", "0.0.0.0", 53, "0.0.0.0", 0, 7, 10, 0))
-    source, _ = run(stage.play())
-    assert verdict(stage) == "moved"
+UNREAD = SocketRecord("ipv4", "udp", "UNCONNECTED", "0.0.0.0", 53, "0.0.0.0", 0, 7, 10, 0)
+
+
+def _with_a_loss(folder: Path, fault: Fault = lambda _: None) -> tuple[Stage, HalfResult]:
+    """A move of a service that does not read, and what its source half says of it."""
+    stage = Stage(folder)
+    stage.world.source.pending.append(UNREAD)
+    fault(stage)
+    run(stage.play())
+    assert stage.told is not None
+    source, _ = stage.told
     assert isinstance(source, HalfResult)
+    return stage, source
+
+
+def test_what_is_lost_is_told(tmp_path: Path) -> None:
+    stage, source = _with_a_loss(tmp_path)
+    assert verdict(stage) == "moved"
     (warning,) = source.warnings
     assert warning.startswith("alpha: datagrams that the service had received and not read are lost")
+    assert len(source.sockets) == 1
+
+
+def test_sockets_are_not_looked_at_in_the_freeze(tmp_path: Path) -> None:
+    """From the dump's end until the tasks run on the destination, which is when it is told what is lost."""
+    seen = []
+
+    class Pending(list[SocketRecord]):
+        def __iter__(self) -> Iterator[SocketRecord]:
+            seen.append(stage.world.destination.copy)
+            return super().__iter__()
+
+    stage = Stage(tmp_path)
+    stage.world.source.pending = Pending([UNREAD])
+    run(stage.play())
+    assert seen[-1] == "running"
+    assert set(seen[:-1]) == {"absent"}
+    verbs = stage.source.life.verbs
+    dumped, untouched = verbs.index("criu reaches post-dump"), verbs.index("files untouched")
+    assert not {"queues read", "sockets read"} & set(verbs[dumped:untouched])
+    assert verbs[untouched + 1 : verbs.index("criu ends")] == ["queues read", "sockets read"]
+
+
+def test_nothing_is_lost_by_a_move_that_is_given_up(tmp_path: Path) -> None:
+    stage, source = _with_a_loss(tmp_path, trouble("cut", True, happy().segment.sent[True].index("ImagesComplete") + 1))
+    assert verdict(stage) == "rolled_back"
+    assert not [warning for warning in source.warnings if "lost" in warning]
+
+
+def test_of_what_is_moved_in_doubt_the_losses_are_told(tmp_path: Path) -> None:
+    """The destination's word does not come: it runs there, and its sockets are compared with these."""
+    stage, source = _with_a_loss(tmp_path, trouble("cut", False, happy().segment.sent[False].index("Resumed") + 1))
+    assert verdict(stage) == "moved"
+    assert source.outcome == "in_doubt"
+    assert [warning for warning in source.warnings if "are lost" in warning]
+    assert len(source.sockets) == 1
+
+
+@pytest.mark.parametrize("look", ["queues read", "sockets read"])
+def test_a_look_at_sockets_that_fails_after_the_commit_is_a_warning(tmp_path: Path, look: str) -> None:
+    whole, _ = _with_a_loss(tmp_path / "whole")
+    verbs = whole.source.life.verbs
+    last = len(verbs) - verbs[::-1].index(look)
+    stage, source = _with_a_loss(tmp_path / "failing", fail("source", last))
+    assert verdict(stage) == "moved"
+    assert [warning for warning in source.warnings if "no sock_diag" in warning]
 
 
 def _with_a_handshake(folder: Path) -> Stage:
