@@ -27,7 +27,7 @@ MEMORY_MB = 48
 @contextmanager
 def code_on(host: Host) -> Iterator[None]:
     """The agent's code and the dumper, on a host."""
-    host.run(["sh", "-ec", UNPACK], input=base64.b64encode(agent_bundle().archive).decode())
+    host.run(["sh", "-ec", UNPACK], input=base64.b64encode(agent_bundle().compressed()).decode())
     host.write_file(f"{CODE}/dumper.py", Path(dumper.__file__).read_text())
     try:
         yield
