@@ -1,7 +1,7 @@
 """What is pushed to a host: the agent, the modules it shares with the coordinator, netfix, and pyroute2.
 
 The bundle is a reproducible tar archive, so its SHA-256 names it: a host that has a folder of that name in its cache
-has exactly this code. Nothing of livemove has to be installed on a host.
+has exactly this code. Nothing of livemove has to be installed on a host. What is sent is compressed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_ON_HOSTS = ("announce.py", "cli.py")
 
 #: Runs on the host as ``python3 -I -c``: says "have" or "need", takes the archive if needed, becomes the agent.
 BOOTSTRAP = r"""
-import hashlib, io, os, shutil, sys, tarfile, tempfile
+import gzip, hashlib, io, os, shutil, sys, tarfile, tempfile, zlib
 digest, cache = sys.argv[1:3]
 if sys.version_info < (3, 11):
     print("unfit python3 is %d.%d, 3.11 is needed" % sys.version_info[:2], flush=True)
@@ -35,6 +35,10 @@ if os.path.isdir(home):
 else:
     print("need", flush=True)
     archive = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
+    try:
+        archive = gzip.decompress(archive)
+    except (OSError, EOFError, zlib.error):
+        archive = b""
     if hashlib.sha256(archive).hexdigest() != digest:
         print("unfit the archive arrived damaged", flush=True)
         sys.exit(1)
@@ -63,13 +67,17 @@ main()
 class Bundle:
     """The archive and its name."""
 
-    archive: bytes
+    tar: bytes
     digest: str
+
+    def compressed(self) -> bytes:
+        """The archive as it is sent: about 0.6 MB, which takes a tenth of a second to make."""
+        return gzip.compress(self.tar, compresslevel=6, mtime=0)
 
 
 @cache
 def agent_bundle() -> Bundle:
-    """Build the bundle from the code that runs here. About 1 MB; built once in a process."""
+    """Build the bundle from the code that runs here. About 3 MB; built once in a process."""
     files = dict(sorted(_files().items()))
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w") as tar:
@@ -77,8 +85,7 @@ def agent_bundle() -> Bundle:
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o644
             tar.addfile(entry, io.BytesIO(content))
-    archive = gzip.compress(plain.getvalue(), compresslevel=6, mtime=0)
-    return Bundle(archive, hashlib.sha256(archive).hexdigest())
+    return Bundle(plain.getvalue(), hashlib.sha256(plain.getvalue()).hexdigest())
 
 
 def _files() -> dict[str, bytes]:
@@ -93,6 +100,8 @@ def _files() -> dict[str, bytes]:
             files[f"netfix/{path.relative_to(netfix)}"] = path.read_bytes()
     for path in pyroute2.rglob("*.py"):
         files[f"pyroute2/{path.relative_to(pyroute2)}"] = path.read_bytes()
+    # Its own imports all of pyroute2, which takes a host 0.1 s every time; netfix names the few modules that it needs.
+    files["pyroute2/__init__.py"] = b""
     return files
 
 

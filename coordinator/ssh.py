@@ -168,7 +168,8 @@ async def _start_agent(host: Host, connection: asyncssh.SSHClientConnection, sin
             process = await connection.create_process(command, encoding=None)
             line = (await process.stdout.readline()).strip()
             if line == b"need":
-                process.stdin.write(b"%d\n" % len(bundle.archive) + bundle.archive)
+                archive = bundle.compressed()
+                process.stdin.write(b"%d\n" % len(archive) + archive)
                 line = b"have"
             if line != b"have":
                 raise await _unfit(host, process, line)

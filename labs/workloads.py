@@ -12,11 +12,13 @@ import re
 import shlex
 import time
 import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, TypeVar
 
 from labs import config, oci, podman
 from labs.commands import LabError
@@ -25,6 +27,8 @@ from labs.machines import Host
 from labs.programs.memory_regions import NOTES
 from labs.segment import BRIDGE
 from labs.topology import HOSTS, INTERFACE, STATIONS
+
+T = TypeVar("T")
 
 PORT = 7000
 CODE = "/srv/pattern"
@@ -109,17 +113,19 @@ def install(lab: Lab, workload: Workload) -> None:
 
     May be repeated, also with other sizes. Undo: `uninstall`.
     """
-    for station in HOSTS:
-        machine = lab.host(station.name)
-        _install_code(machine)
-        if workload.runtime == "podman":
-            volumes = []
-            if workload.program == "bookkeeper":
-                _shell(machine, f"mkdir -p {workload.data}")  # podman creates no container with a directory missing
-                volumes = [f"--volume={workload.data}:/mnt"]
-            podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE}, volumes)
-        elif workload.container:
-            _install_bundle(machine, workload)
+    _on_every_host(lab, lambda machine: _install(machine, workload))
+
+
+def _install(machine: Host, workload: Workload) -> None:
+    _install_code(machine)
+    if workload.runtime == "podman":
+        volumes = []
+        if workload.program == "bookkeeper":
+            _shell(machine, f"mkdir -p {workload.data}")  # podman creates no container with a directory missing
+            volumes = [f"--volume={workload.data}:/mnt"]
+        podman.install(machine, workload, workload.command, {"PYTHONPATH": CODE}, volumes)
+    elif workload.container:
+        _install_bundle(machine, workload)
 
 
 def uninstall(lab: Lab, workload: Workload, host: str) -> None:
@@ -163,23 +169,23 @@ def mount_data(machine: Host, workload: Workload) -> None:
 
 def stop(lab: Lab, workload: Workload) -> None:
     """End the workload wherever it is and take its addresses away, on every host. May be repeated."""
-    for station in HOSTS:
-        machine = lab.host(station.name)
-        _end(machine, workload)
-        if workload.program == "bookkeeper":
-            _shell(
-                machine, f"umount {workload.data} 2>/dev/null; rm -rf {workload.data} {LEFT_OVER}/{workload.name}.json"
-            )
-        if workload.netns:
-            machine.run(["ip", "netns", "delete", workload.netns], check=False)
-            continue
-        for address in workload.addresses:
-            machine.run(["ip", "address", "del", address, "dev", INTERFACE], check=False)
+    _on_every_host(lab, lambda machine: _stop(machine, workload))
+
+
+def _stop(machine: Host, workload: Workload) -> None:
+    _end(machine, workload)
+    if workload.program == "bookkeeper":
+        _shell(machine, f"umount {workload.data} 2>/dev/null; rm -rf {workload.data} {LEFT_OVER}/{workload.name}.json")
+    if workload.netns:
+        machine.run(["ip", "netns", "delete", workload.netns], check=False)
+    else:
+        _shell(machine, "; ".join(f"ip address del {each} dev {INTERFACE}" for each in workload.addresses), check=False)
 
 
 def where(lab: Lab, workload: Workload) -> list[str]:
     """The hosts on which something listens on the workload's address: one, if all is well."""
-    return [station.name for station in HOSTS if listening_pids(lab.host(station.name), workload)]
+    listening = _on_every_host(lab, lambda machine: listening_pids(machine, workload))
+    return [station.name for station, pids in zip(HOSTS, listening, strict=True) if pids]
 
 
 def listening_pids(machine: Host, workload: Workload) -> list[str]:
@@ -205,9 +211,8 @@ def _install_code(machine: Host) -> None:
     """Size and time of the files are the same everywhere: a mapped or open file is compared by them."""
     source = Path(__file__).parent / "programs"
     texts = {name: (source / name).read_text() for name in SERVICE_FILES}
-    argv = ["python3", "-I", "-S", "-c", INSTALL_FILES, f"{CODE}/labs/programs"]
-    machine.run(argv, input=json.dumps(texts))
-    _shell(machine, f"find {CODE} -exec touch --date=@0 {{}} +")
+    put = shlex.join(["python3", "-I", "-S", "-c", INSTALL_FILES, f"{CODE}/labs/programs"])
+    machine.run(["sh", "-c", f"{put} && find {CODE} -exec touch --date=@0 {{}} +"], input=json.dumps(texts))
 
 
 def _install_bundle(machine: Host, workload: Workload) -> None:
@@ -292,17 +297,17 @@ def _runs(machine: Host, workload: Workload) -> bool:
 
 def _end(machine: Host, workload: Workload) -> None:
     """End the service on one host, container or process, whatever became of it."""
+    forget = f"rm -f {workload.pid_file or f'/run/{workload.container}.log'}"
     if workload.runtime == "podman":
         podman.end(machine, workload)
     elif workload.container:
-        machine.run([workload.runtime, "delete", "--force", workload.container], check=False)
+        forget += f"; {workload.runtime} delete --force {workload.container}"
+    _shell(machine, forget, check=False)
     deadline = time.monotonic() + END_TIMEOUT_S
     while pids := listening_pids(machine, workload):
         if time.monotonic() > deadline:
             raise LabError(f"{machine.name}: {workload.name} does not end: process {', '.join(pids)}")
         machine.run(["kill", "-KILL", *pids], check=False)
-    leftovers = [workload.pid_file] if workload.pid_file else [f"/run/{workload.container}.log"]
-    machine.run(["rm", "-f", *leftovers])
 
 
 def _shell(machine: Host, script: str, *, check: bool = True) -> CompletedProcess[str]:
@@ -311,7 +316,13 @@ def _shell(machine: Host, script: str, *, check: bool = True) -> CompletedProces
 
 def _forget_neighbours(lab: Lab, workload: Workload) -> None:
     """Nobody may remember on which host the address was in an earlier test."""
-    for station in STATIONS:
-        for address in workload.listens_on:
-            family = "-6" if ":" in address else "-4"
-            lab.machine(station.name).run(["ip", family, "neighbour", "flush", "to", address], check=False)
+    flushed = (f"ip {'-6' if ':' in each else '-4'} neighbour flush to {each}" for each in workload.listens_on)
+    script = "; ".join(flushed)
+    with ThreadPoolExecutor() as together:
+        list(together.map(lambda each: lab.machine(each.name).run(["sh", "-c", script], check=False), STATIONS))
+
+
+def _on_every_host(lab: Lab, do: Callable[[Host], T]) -> list[T]:
+    """At the same time: of what is run on a host, most is waiting for it to begin and to end."""
+    with ThreadPoolExecutor() as together:
+        return list(together.map(lambda station: do(lab.host(station.name)), HOSTS))

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 import uvloop
 
-from .address import NetlinkAddressBook, parse_address
+from .address import NetlinkAddressBook
 from .announce import announcement_frames, probe_frames
 from .cli_common import Result, Runner, answer, as_json_option, table
 from .cli_conntrack import conntrack_command
@@ -27,6 +27,7 @@ from .gate import CLOSED, GateReport, NftGate, find_gates, remove_gate, state_na
 from .inventory import SocketFinding, findings, other_sockets
 from .leftovers import Leftover, find_leftovers
 from .sockets import DiagSocketInventory, SocketRecord, of_addresses, owned_by, socket_inodes
+from .unicast import parse_address
 
 _interface = click.option(
     "--interface", required=True, metavar="IF", help="Network interface on the address's segment."

@@ -9,12 +9,12 @@ from dataclasses import asdict
 
 import click
 
-from .address import parse_address
 from .cli_common import Result, Runner, answer, as_json_option
 from .errors import KernelLacksError
 from .gate import OPEN, NftGate, releasing
 from .hold import NfqueueHold
 from .hold_buffer import HoldLimits
+from .unicast import parse_address
 
 
 @click.command("hold")

@@ -18,10 +18,10 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from . import ctnetlink
-from .address import parse_address
 from .conntrack_entry import Connection, as_created, movable
 from .errors import NetfixError, from_errno
 from .netlink import NETLINK_NETFILTER, NetlinkSocket, Refusal
+from .unicast import parse_address
 
 _MISSING = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT)
 """What nfnetlink answers for a subsystem that is not there: EINVAL."""

@@ -10,10 +10,10 @@ import struct
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from .address import parse_address
 from .errors import UsageError, from_errno
 from .namespace import Home
 from .questions import acknowledger
+from .unicast import parse_address
 
 _ETH_P_ARP = 0x0806
 _ETH_P_IPV6 = 0x86DD

@@ -44,7 +44,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from . import nft
-from .address import parse_address
 from .errors import GateAlteredError, KernelLacksError, KernelRefusedError, UsageError, from_errno
 from .gate_rules import (
     CHAINS,
@@ -60,6 +59,7 @@ from .gate_rules import (
 )
 from .hooks import Hooks
 from .netlink import NETLINK_NETFILTER, NetlinkSocket, Refusal
+from .unicast import parse_address
 
 TABLE_PREFIX = "livemove-"
 """Every table of ours begins so; what follows is the migration's id."""

@@ -18,10 +18,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .address import parse_address
 from .errors import from_errno
 from .netlink import NETLINK_SOCK_DIAG, NLM_F_DUMP, NLM_F_REQUEST, NetlinkSocket, Refusal, attributes
 from .sockets import SocketInventory, SocketRecord, state_class
+from .unicast import parse_address
 
 PACKET, RAW, UNIX = "packet", "raw", "unix"
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .address import AddressBook, AddressRecord, NetlinkAddressBook, parse_address
+from .address import AddressBook, AddressRecord, NetlinkAddressBook
 from .errors import AddressConflictError, NetfixError, NoSuchInterfaceError, UsageError, from_errno
 from .frames import PacketFramePort, announce
+from .unicast import parse_address
 
 NETNS = Path("/run/netns")
 """Where `ip netns` keeps the names of namespaces (ip-netns(8))."""

@@ -12,7 +12,7 @@ import ipaddress
 import socket
 import struct
 
-from .address import parse_address
+from .unicast import parse_address
 
 _ETH_P_ARP, _ETH_P_IPV6 = 0x0806, 0x86DD
 _ETHERNET = struct.Struct("!6s6sH")

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from .address import parse_address
 from .diag_filter import local_address_is
 from .errors import from_errno
 from .netlink import NETLINK_SOCK_DIAG, NLM_F_DUMP, NLM_F_REQUEST, Message, NetlinkSocket, Refusal, attributes
+from .unicast import parse_address
 
 _SOCK_DIAG_BY_FAMILY, _TCPDIAG_GETSOCK = 20, 18
 """The older of the two is the only one with which TCP's sockets of both families come from one walk. It is the walk

@@ -7,6 +7,7 @@ the switch-over is between the two agents; a half that was only prepared is undo
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import signal
@@ -322,4 +323,5 @@ async def serve(places: Places) -> None:
 def main() -> None:
     """Entry point of a pushed agent."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    gc.freeze()  # what was imported stays: nobody looks through it again, neither in a freeze nor at the end
     asyncio.run(serve(Places()))

@@ -68,16 +68,45 @@ class Service:
         return made
 
 
+@dataclass
+class Attached:
+    """A process with its segment, which nobody has looked at."""
+
+    target: Target
+    segment: int
+    start: int
+
+    @classmethod
+    def made(cls, target: Target) -> Attached:
+        """Have a process attach a segment, and write to it."""
+        target.run(f"exec({PROGRAM!r}, globals())")
+        assert target.run(f"libc.unshare({NEWIPC})") == 0
+        segment = target.run(f"(segment := libc.shmget(0, {BYTES}, 0o600))")
+        start = target.run("(a := attach())")
+        target.run(f"put(a, 1, {PAGES}); libc.madvise(a, {BYTES}, {DONTFORK})")
+        return cls(target, segment, start)
+
+
+@pytest.fixture(scope="module")
+def waiting(request: pytest.FixtureRequest) -> Iterator[list[Attached]]:
+    """One for each test of this module that wants one: nothing is known of a segment for seconds after it was attached,
+    and so they wait for that together."""
+    wanted = [each for each in request.session.items if each.path == request.path and takes_a_service(each)]
+    with contextlib.ExitStack() as ends:
+        yield [Attached.made(ends.enter_context(Target())) for _ in wanted]
+
+
+def takes_a_service(test: pytest.Item) -> bool:
+    return isinstance(test, pytest.Function) and "service" in test.fixturenames
+
+
 @pytest.fixture
-def service(target: Target) -> Iterator[Service]:
+def service(waiting: list[Attached]) -> Iterator[Service]:
     """It has been looked at until all is known."""
-    target.run(f"exec({PROGRAM!r}, globals())")
-    assert target.run(f"libc.unshare({NEWIPC})") == 0
-    segment = target.run(f"(segment := libc.shmget(0, {BYTES}, 0o600))")
-    start = target.run("(a := attach())")
-    target.run(f"put(a, 1, {PAGES}); libc.madvise(a, {BYTES}, {DONTFORK})")
+    attached = waiting.pop()
+    target = attached.target
     with contextlib.closing(TreeTracker(target.pid, WriteProtectTracker, segments_of(target.pid))) as tree:
-        made = Service(target, segment, start, tree)
+        made = Service(target, attached.segment, attached.start, tree)
         until(lambda: made.look()[1])
         until(lambda: made.look() == (set(), True))
         yield made

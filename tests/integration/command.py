@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -85,8 +86,11 @@ class Livemove:
 
     def finish(self, timeout: float = COMMAND_TIMEOUT_S) -> Said:
         """Wait for its end."""
+        end = time.monotonic() + timeout
+        for reader in self._readers:
+            reader.join(max(0.0, end - time.monotonic()))  # who waits for a process with a bound looks every 50 ms
         try:
-            status = self.process.wait(timeout)
+            status = self.process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.argv} did not end:\n" + "\n".join(self._lines)) from None
         for reader in self._readers:

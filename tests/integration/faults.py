@@ -143,7 +143,7 @@ class Hold:
         assert self._is_reached(), move.finish().stderr
 
     def _is_reached(self) -> bool:
-        return self.host.run(["test", "-e", f"{self.folder}/reached"], check=False).returncode == 0
+        return self.host.seen_from_here(f"{self.folder}/reached").exists()
 
     def go(self) -> None:
         """Let it go on. May be repeated."""
@@ -322,8 +322,9 @@ def largest_file(host: Host, size_bytes: int) -> Iterator[None]:
 
 def last_phase(host: Host, role: str) -> str:
     """The last phase in the newest journal of that role on a host."""
-    script = f'cat "$(ls -td /var/lib/livemove/*/{role}.jsonl | head -1)"'
-    records = [json.loads(line) for line in host.run(["sh", "-c", script]).stdout.splitlines()]
+    journals = host.seen_from_here("/var/lib/livemove").glob(f"*/{role}.jsonl")
+    newest = max(journals, key=lambda path: path.stat().st_mtime_ns)
+    records = [json.loads(line) for line in newest.read_text().splitlines()]
     return str([record["phase"] for record in records if record["kind"] == "phase"][-1])
 
 

@@ -5,6 +5,7 @@ Does everybody still have what they had? Is anything left where nothing should b
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from labs import config, workloads
 from labs.clients.control import Clients
 from labs.lab import Lab
 from labs.segment import BRIDGE, BRIDGE_PORT
-from labs.topology import HOSTS, INTERFACE
+from labs.topology import HOSTS, INTERFACE, Station
 from labs.workloads import PORT, Workload
 from tests.integration.faults import until
 
@@ -119,15 +120,17 @@ class Scene:
 
 def left_over(lab: Lab, workload: config.Workload, host: str) -> list[str]:
     """Everything on the hosts that a finished move should not have left, given that the service is on ``host``."""
-    found = []
-    for station in HOSTS:
+
+    def of(station: Station) -> list[str]:
         allowed = {f"address: {station.address}/24", f"address: {station.address6}/64"}
         if station.name == host:
             allowed |= {f"address: {address}" for address in workload.addresses if not workload.netns}
             allowed |= {f"netns: {workload.netns}", f"interface: v-{workload.netns}"}
         lines = lab.host(station.name).run(["sh"], input=LOOK).stdout.splitlines()
-        found += [f"{station.name}: {line}" for line in lines if line not in allowed and "address: fe80" not in line]
-    return found
+        return [f"{station.name}: {line}" for line in lines if line not in allowed and "address: fe80" not in line]
+
+    with ThreadPoolExecutor() as together:
+        return [line for found in together.map(of, HOSTS) for line in found]
 
 
 def journals(lab: Lab, host: str) -> dict[str, float]:

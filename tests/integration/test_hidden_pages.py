@@ -27,7 +27,7 @@ MEMORY_MB = 48
 @contextmanager
 def code_on(host: Host) -> Iterator[None]:
     """The agent's code and the dumper, on a host."""
-    host.run(["sh", "-ec", UNPACK], input=base64.b64encode(agent_bundle().archive).decode())
+    host.run(["sh", "-ec", UNPACK], input=base64.b64encode(agent_bundle().compressed()).decode())
     host.write_file(f"{CODE}/dumper.py", Path(dumper.__file__).read_text())
     try:
         yield
@@ -91,7 +91,7 @@ for flag in (dumper._LAZY, dumper._PRESENT):
 
 
 @pytest.mark.parametrize("name", ["counter", "echo"])
-@pytest.mark.parametrize(("memory_mb", "hides"), [(16, False), (160, True)])
+@pytest.mark.parametrize(("memory_mb", "hides"), [(16, False), (96, True)])
 def test_a_move_hides_pages_where_that_is_faster(lab: Lab, name: str, memory_mb: int, hides: bool) -> None:
     """Memory of every kind. Told by the images on the source, in the middle of the freeze."""
     scene = Scene.start(lab, name, memory_mb=memory_mb, dirty_mb_s=3, program="memory_server")
@@ -102,7 +102,7 @@ def test_a_move_hides_pages_where_that_is_faster(lab: Lab, name: str, memory_mb:
             Livemove(lab, "migrate", name, "--to", "beta", "--mode", "pre-copy", "--json") as move,
             code_on(alpha),
         ):
-            move.said("alpha: frozen")  # on a busy machine half a gigabyte takes a while until then
+            move.said("alpha: frozen")  # on a busy machine 200 MB take a while until then
             hold.reached(move)
             found = alpha.run(["env", f"PYTHONPATH={CODE}", "python3", "-S", "-c", IMAGES]).stdout
             hold.go()
@@ -117,7 +117,7 @@ def test_a_move_hides_pages_where_that_is_faster(lab: Lab, name: str, memory_mb:
 
 
 def test_a_filter_that_is_refused_is_a_warning(lab: Lab) -> None:
-    scene = Scene.start(lab, "echo", memory_mb=192, dirty_mb_s=3)
+    scene = Scene.start(lab, "echo", memory_mb=128, dirty_mb_s=3)
     try:
         with criu_that_refuses_a_filter(lab.host("alpha")):
             said = migrate(lab, "echo", "beta", "--mode", "pre-copy")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ def test_it_is_reproducible() -> None:
 
 
 def test_it_has_what_an_agent_needs_and_nothing_else() -> None:
-    with tarfile.open(fileobj=io.BytesIO(agent_bundle().archive)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(agent_bundle().tar)) as tar:
         entries = tar.getmembers()
     names = {entry.name for entry in entries}
     assert all(entry.isfile() and entry.mode == 0o644 and not entry.mtime and not entry.uid for entry in entries)
@@ -44,7 +46,8 @@ def test_it_has_what_an_agent_needs_and_nothing_else() -> None:
         f"coordinator/{name}.py" for name in ("__init__", "errors", "events", "facts", "journal", "protocol", "wire")
     }
     assert {name.split("/")[0] for name in names} == {"coordinator", "netfix", "pyroute2"}
-    assert {"coordinator/agent/server.py", "netfix/gate.py", "pyroute2/__init__.py"} <= names
+    assert {"coordinator/agent/server.py", "netfix/gate.py", "pyroute2/netlink/rtnl/rtmsg.py"} <= names
+    assert next(entry for entry in entries if entry.name == "pyroute2/__init__.py").size == 0
     assert not [name for name in names if "fakes" in name or "test" in name.split("/")]
     assert not names & {"netfix/announce.py", "netfix/cli.py"}
 
@@ -74,7 +77,7 @@ def test_an_agent_starts_from_the_bundle_alone_and_answers(tmp_path: Path, pytho
         pytest.skip(f"{python} is too old for an agent")
     pushed = agent_bundle()
     call = b'{"id":1,"call":"Dance","params":{}}\n'
-    lines, status = bootstrap(python, pushed, tmp_path / "cache", length_and(pushed.archive), call)
+    lines, status = bootstrap(python, pushed, tmp_path / "cache", length_and(pushed.compressed()), call)
     assert (lines[0], json.loads(lines[1]), status) == ("need", {"hello": VERSION}, 0)
     assert json.loads(lines[2])["error"]["code"] == "PROTOCOL"
     lines, status = bootstrap(python, pushed, tmp_path / "cache", b"", call)
@@ -82,9 +85,20 @@ def test_an_agent_starts_from_the_bundle_alone_and_answers(tmp_path: Path, pytho
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [pushed.digest]
 
 
-def test_an_archive_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
+DAMAGES: dict[str, Callable[[Bundle], bytes]] = {
+    "another checksum": lambda pushed: pushed.compressed()[:-1] + b"?",
+    "another byte": lambda pushed: pushed.compressed()[:1000] + b"?" + pushed.compressed()[1001:],
+    "cut off": lambda pushed: pushed.compressed()[:-1000],
+    "not compressed": lambda pushed: pushed.tar,
+    "other code": lambda pushed: gzip.compress(pushed.tar[:-1] + b"?"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_archive_that_arrives_damaged_is_refused(tmp_path: Path, damage: str) -> None:
     pushed = agent_bundle()
-    lines, status = bootstrap(sys.executable, pushed, tmp_path / "cache", length_and(pushed.archive[:-1] + b"?"))
+    damaged = DAMAGES[damage](pushed)
+    lines, status = bootstrap(sys.executable, pushed, tmp_path / "cache", length_and(damaged))
     assert (lines, status) == (["need", "unfit the archive arrived damaged"], 1)
     assert not (tmp_path / "cache").exists()
 
@@ -92,7 +106,7 @@ def test_an_archive_that_arrives_damaged_is_refused(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     pushed = agent_bundle()
-    lines, status = bootstrap(sys.executable, pushed, tmp_path / "cache", length_and(pushed.archive))
+    lines, status = bootstrap(sys.executable, pushed, tmp_path / "cache", length_and(pushed.compressed()))
     assert lines[1].startswith(f"unfit cannot write to {tmp_path}/cache")
     assert status == 1
 
@@ -102,7 +116,7 @@ def test_the_oldest_agents_are_removed(tmp_path: Path) -> None:
         (tmp_path / f"{number:064d}").mkdir()
     (tmp_path / "something-else").mkdir()
     pushed = agent_bundle()
-    bootstrap(sys.executable, pushed, tmp_path, length_and(pushed.archive))
+    bootstrap(sys.executable, pushed, tmp_path, length_and(pushed.compressed()))
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 4
     assert {pushed.digest, "something-else"} <= set(left)

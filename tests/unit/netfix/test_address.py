@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord, ServiceAddress, dependents, parse_address
+from netfix.address import AddressRecord, FakeAddressBook, InterfaceRecord, ServiceAddress, dependents
 from netfix.errors import InvalidAddressError, KernelRefusedError
+from netfix.unicast import parse_address
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 
 from netfix import nft
-from netfix.address import parse_address
 from netfix.errors import KernelRefusedError, UsageError
 from netfix.gate import (
     CLOSED,
@@ -23,6 +22,7 @@ from netfix.gate import (
     table_name,
 )
 from netfix.gate_rules import Address, Queue, ruleset
+from netfix.unicast import parse_address
 
 A, A6 = parse_address("192.0.2.10"), parse_address("2001:db8::10")
 

@@ -34,12 +34,13 @@ def test_the_answers_name_the_neighbour() -> None:
 
 
 def test_other_frames_are_no_answers() -> None:
-    for frame in (
-        Ether() / ARP(op=1, psrc=B, pdst=A),
-        Ether() / ARP(op=2, psrc=B, pdst="192.0.2.11"),
-        Ether() / IPv6(src=B6, dst="ff02::1", hlim=255) / ICMPv6ND_NA(tgt=B6),
-        Ether() / IPv6(src=B6, dst=A6, hlim=255) / ICMPv6ND_NS(tgt=B6),
+    for packet in (
+        ARP(op=1, hwsrc=OTHER, psrc=B, pdst=A),
+        ARP(op=2, hwsrc=OTHER, psrc=B, pdst="192.0.2.11"),
+        IPv6(src=B6, dst="ff02::1", hlim=255) / ICMPv6ND_NA(tgt=B6),
+        IPv6(src=B6, dst=A6, hlim=255) / ICMPv6ND_NS(tgt=B6),
     ):
+        frame = Ether(src=OTHER, dst=MAC) / packet  # without these, scapy would ask the network
         assert (acknowledger(bytes(frame), A), acknowledger(bytes(frame), A6)) == (None, None)
 
 
