@@ -92,13 +92,13 @@ _SET_FLAGS = ioctl_number(1, ord("!"), 4, 8)
 _CONTINUE, _SYNC_WAKE_UP = 1, 1
 
 
-def filter_program(machine: str, *, scans: bool = True, epolls: bool = False) -> bytes:
+def filter_program(machine: str, *, scans: bool = True, seeks: bool = False, epolls: bool = False) -> bytes:
     """The filter's instructions (pure): ask about ioctl(…, PAGEMAP_SCAN, …) and lseek(…, SEEK_DATA), say yes to
     kcmp(…, KCMP_EPOLL_TFD, …), and allow the rest, as well as calls of other ways into the kernel (32 bit). Knows the
     machines that trackers know (``registers``)."""
     numbers = _MACHINES[machine]
     rules = [(numbers.ioctl, _SECOND, PAGEMAP_SCAN, _USER_NOTIF)] if scans else []
-    rules += [(numbers.lseek, _THIRD, os.SEEK_DATA, _USER_NOTIF)] if scans else []
+    rules += [(numbers.lseek, _THIRD, os.SEEK_DATA, _USER_NOTIF)] if seeks else []
     rules += [(KCMP[machine], _THIRD, KCMP_EPOLL_TFD, _RETURN_0)] if epolls else []
     code = [(_LOAD, 0, 0, _ARCHITECTURE), (_JUMP_EQUAL, 0, 1 + 4 * len(rules), numbers.architecture)]
     code.append((_LOAD, 0, 0, _NUMBER))
@@ -228,7 +228,7 @@ class CriuFilter:
                 if hidden is None and not settled:
                     held.let_in()  # closing takes longer
                     return
-                program = filter_program(os.uname().machine, scans=hidden is not None, epolls=settled)
+                program = self._program(epolls=settled)
                 listener = put_under_filter(criu, program, held.let_in)
             except (OSError, LivemoveError) as error:
                 self._refused(str(error))
@@ -239,6 +239,11 @@ class CriuFilter:
                         _answer_all(listener, until.fileno(), answerer)
             finally:  # whatever ends this, nobody may wait for an answer any more
                 os.close(listener)
+
+    def _program(self, *, epolls: bool) -> bytes:
+        hidden = self._hidden
+        scans, seeks = (hidden.private, bool(hidden.may_hide)) if hidden is not None else (False, False)
+        return filter_program(os.uname().machine, scans=scans, seeks=seeks, epolls=epolls)
 
     def _refused(self, why: str) -> None:
         if self._hidden is not None:

@@ -42,12 +42,16 @@ class HiddenPages:
         self,
         root_pid: int,
         *,
+        private: bool = True,
         objects: Collection[int] = (),
         processes: Callable[[int], Collection[int]] = process_tree,
         mappings: Callable[[int], list[base.Mapping]] = read_mappings,
     ) -> None:
-        """``objects``: the inodes of the shared objects that need not be seen either."""
+        """``private``: whether private memory is to be hidden. ``objects``: the inodes of the shared objects that need
+        not be seen either."""
         self.refusal = ""
+        #: Whether CRIU's questions for private memory are to be answered here.
+        self.private = private
         #: The shared objects that need not be seen.
         self.may_hide = objects
         self._hidden_objects: set[int] = set()
@@ -108,15 +112,17 @@ class HiddenPages:
 def hide(root_pid: int, known: Iterable[ProcessChanges]) -> HiddenPages | None:
     """The hidden pages of a tree, given what was last seen of it, or ``None`` if it pays to let CRIU see them all."""
     seen = tuple(known)
-    objects = worth_hiding(seen)
-    return HiddenPages(root_pid, objects=objects.keys()) if pays(seen, sum(objects.values())) else None
+    private, objects = pays(seen), worth_hiding(seen)
+    if not private and sum(objects.values()) * _SHARED_PAGE_US <= _FILTER_US:
+        return None
+    return HiddenPages(root_pid, private=private, objects=objects.keys())
 
 
-def pays(known: Iterable[ProcessChanges], shared_pages: int = 0) -> bool:
-    """Whether CRIU would take longer for the pages than we for its questions about the mappings (pure)."""
+def pays(known: Iterable[ProcessChanges]) -> bool:
+    """Whether CRIU would take longer for the private pages than we for its questions about the mappings (pure)."""
     changes = [each.changes for each in known]
     pages, mappings = sum(each.known_pages for each in changes), sum(len(each.mappings) for each in changes)
-    return pages * _PAGE_US + shared_pages * _SHARED_PAGE_US > _FILTER_US + mappings * _MAPPING_US
+    return pages * _PAGE_US > _FILTER_US + mappings * _MAPPING_US
 
 
 def hideable(mappings: Iterable[base.Mapping]) -> Spans:

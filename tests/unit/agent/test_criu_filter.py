@@ -59,11 +59,11 @@ def test_the_filter_asks_where_files_have_data(
     machine: str, own: tuple[int, int, int], other: tuple[int, int, int]
 ) -> None:
     lseek = {"x86_64": 8, "aarch64": 62}[machine]
-    program = filter_program(machine, scans=True, epolls=True)
+    program = filter_program(machine, seeks=True, epolls=True)
     assert verdict(program, own[0], lseek, 3, 4096, os.SEEK_DATA) == ASK
     assert [verdict(program, own[0], lseek, 3, os.SEEK_DATA, how) for how in (0, 1, 2, os.SEEK_HOLE)] == [ALLOW] * 4
     assert verdict(program, other[0], lseek, 3, 4096, os.SEEK_DATA) == ALLOW
-    assert verdict(filter_program(machine, scans=False, epolls=True), own[0], lseek, 3, 0, os.SEEK_DATA) == ALLOW
+    assert verdict(filter_program(machine, epolls=True), own[0], lseek, 3, 0, os.SEEK_DATA) == ALLOW
 
 
 @each_machine

@@ -18,6 +18,7 @@ from coordinator.agent.memory.scan_answer import looks_for_content
 from coordinator.errors import TrackingFailed
 
 ROOT, CHILD, STRANGER = 10, 11, 99
+ANONYMOUS, SYSV = "/dev/zero (deleted)", "/SYSV00000000 (deleted)"
 PRIVATE, OF_FILE = "rw-p 00000000 00:00 0", "rw-p 00000000 08:01 7 /lib/libc.so.6"
 
 
@@ -143,6 +144,22 @@ def test_pages_are_hidden_where_that_is_faster(pages: int, mappings: int, yes: b
     known = [half, replace(half, pid=CHILD)]
     assert pays(known) is yes
     assert (hide(ROOT, known) is not None) is yes
+
+
+@pytest.mark.parametrize(
+    ("pages", "name", "yes"),
+    [(800, ANONYMOUS, True), (700, ANONYMOUS, False), (200, ANONYMOUS, False), (2048, SYSV, False)],
+)
+def test_shared_objects_are_hidden_where_that_is_faster(pages: int, name: str, yes: bool) -> None:
+    """With so many mappings that private memory is better seen; one object in two processes counts once."""
+    shared = mapping(0, pages, f"rw-s 00000000 00:01 7 {name}")
+    known = [changes(ROOT, shared, *[mapping(4000, 4001)] * 1000, pages=100)]
+    hidden = hide(ROOT, [*known, replace(known[0], pid=CHILD)])
+    assert (hidden is not None) is yes
+    if hidden is not None:
+        assert (hidden.private, list(hidden.may_hide)) == (False, [7])
+        assert [hidden.hides(inode) for inode in (8, 7, 7)] == [False, True, False]
+        assert list(hidden.objects) == [7]
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 30), st.integers(1, 30))
