@@ -136,7 +136,14 @@ class Tracker(Protocol):
         """The tracked process, as numbered in our pid namespace."""
         ...
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
+    def collect(
+        self,
+        *,
+        last: bool = False,
+        others_wrote: bool = False,
+        closed: Closed = NOT_CLOSED,
+        frozen: dict[tuple[int, int], list[tuple[int, int]]] | None = None,
+    ) -> Changes:
         """First call: every page that holds something. Later calls: those that changed since the call before.
 
         Each change is in this answer or in the next one, never in none: a page is armed again in the instant it is
@@ -144,7 +151,8 @@ class Tracker(Protocol):
         answer is exact. ``last``: it is frozen and is not asked again, so nothing is armed. ``others_wrote``:
         a process that cannot be asked any more may have written to shared memory, all of which is dirty then, but for
         System V segments. These are dirty unless they are ``closed``. Of a memfd that is, page tables tell all; of
-        another only its times tell.
+        another only its times tell. ``frozen``: all who are asked in this look stand still; what is found out of shared
+        objects is kept here for the next of them.
 
         Raises ``TargetGone`` if the process ended, ``TrackingFailed`` if it can be tracked no longer."""
         ...

@@ -20,7 +20,7 @@ from coordinator.agent.memory.runs import (
     to_runs,
     union,
 )
-from coordinator.agent.memory.shared_objects import ObjectState, look_at
+from coordinator.agent.memory.shared_objects import DataOfObjects, ObjectState, look_at
 from coordinator.agent.memory.userfault import MemoryReplaced
 
 _TRIES = 3
@@ -33,6 +33,8 @@ class Asked:
 
     others_wrote: bool
     closed: Closed = NOT_CLOSED
+    #: Nobody can write now: what has been found out of objects in this look at all processes.
+    frozen: DataOfObjects | None = None
 
     def all(self, mapping: Mapping) -> bool:
         """Whether all are asked who can have written through a mapping of the object."""
@@ -151,7 +153,7 @@ def look_at_objects(
         if not mapping.shared or mapping.backing is not Backing.SHMEM or mapping.hugetlb:
             continue
         key = (mapping.start, mapping.end)
-        state = look_at(pid, mapping, only_mapped=asked.only_mapped(mapping))
+        state = look_at(pid, mapping, only_mapped=asked.only_mapped(mapping), frozen=asked.frozen)
         if state is not None:
             objects[key] = state
             data.extend(state.data)

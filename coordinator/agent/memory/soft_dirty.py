@@ -32,6 +32,7 @@ from coordinator.agent.memory.runs import (
     to_runs,
     union,
 )
+from coordinator.agent.memory.shared_objects import DataOfObjects
 from coordinator.agent.memory.snapshot import Asked, look_at_objects, trackable
 from coordinator.agent.memory.syscall_injection import with_process_stopped
 from coordinator.errors import TrackingFailed
@@ -126,7 +127,14 @@ class SoftDirtyTracker:
     def close(self) -> None:
         """See ``Tracker``: there is nothing to remove."""
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
+    def collect(
+        self,
+        *,
+        last: bool = False,
+        others_wrote: bool = False,
+        closed: Closed = NOT_CLOSED,
+        frozen: DataOfObjects | None = None,
+    ) -> Changes:
         """See ``Tracker``. Shared memory is dirty in every answer, whoever wrote."""
         mappings = read_mappings(self._pid)
         if not mappings:
@@ -137,7 +145,7 @@ class SoftDirtyTracker:
         entries = self._read(wanted) if last else with_process_stopped(self._pid, lambda: self._read_and_clear(wanted))
         parsed = [parse_entries(data, start) for start, data in entries]
         shared = [each for each in memory if each.shared]
-        data, _, _ = look_at_objects(self._pid, shared, {}, Asked(others_wrote=True))
+        data, _, _ = look_at_objects(self._pid, shared, {}, Asked(others_wrote=True, frozen=frozen))
         held = union(*(each.held for each in parsed), data)
         lazy = spans_of(each for each in mappings if each.lazy)
         new = union(difference(held, self._known), intersection(held, difference(lazy, self._lazy)))

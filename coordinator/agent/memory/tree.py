@@ -21,6 +21,7 @@ from coordinator.agent.memory.base import Closed, ProcessChanges, Tracker
 from coordinator.agent.memory.memfds import Memfds
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.segments import Segments
+from coordinator.agent.memory.shared_objects import DataOfObjects
 from coordinator.agent.memory.snapshot import scan_all
 from coordinator.agent.other_processes import kcmp
 from coordinator.agent.process import start_time, stat_fields
@@ -99,11 +100,12 @@ class TreeTracker:
         untouched = Closed(self._segments.untouched(self._members), self._memfds.untouched(self._members))
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
+        frozen: DataOfObjects | None = {} if last else None
         for member in list(self._members.values()):
             try:
                 if member.tracker is None and not last:
                     self._try_attach(member)
-                answers[member.pid] = self._ask(member, last, others_wrote, untouched)
+                answers[member.pid] = self._ask(member, last, others_wrote, untouched, frozen)
             except TargetGone:
                 self._forget(member)
         self._segments.take(answers.values())
@@ -193,12 +195,14 @@ class TreeTracker:
                 raise TargetGone(f"process {member.pid} is gone") from error
             member.untracked = error.message
 
-    def _ask(self, member: _Member, last: bool, others_wrote: bool, untouched: Closed) -> ProcessChanges:
+    def _ask(
+        self, member: _Member, last: bool, others_wrote: bool, untouched: Closed, frozen: DataOfObjects | None
+    ) -> ProcessChanges:
         fresh = member.tracker is None or not member.answered
         if member.tracker is None:
             changes = scan_all(member.pid)
         else:
-            changes = member.tracker.collect(last=last, others_wrote=others_wrote, closed=untouched)
+            changes = member.tracker.collect(last=last, others_wrote=others_wrote, closed=untouched, frozen=frozen)
         if start_time(member.pid) != member.started:
             raise TargetGone(f"process {member.pid} is gone")
         member.answered = member.tracker is not None

@@ -47,7 +47,7 @@ from coordinator.agent.memory.runs import (
     to_runs,
     union,
 )
-from coordinator.agent.memory.shared_objects import ObjectState
+from coordinator.agent.memory.shared_objects import DataOfObjects, ObjectState
 from coordinator.agent.memory.snapshot import Asked, Held, scan_exposed, scan_held, trackable
 from coordinator.agent.memory.userfault import MemoryReplaced, mark, take_userfaultfd
 
@@ -77,9 +77,16 @@ class WriteProtectTracker:
             os.close(self._userfaultfd)
             self._userfaultfd = -1
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
+    def collect(
+        self,
+        *,
+        last: bool = False,
+        others_wrote: bool = False,
+        closed: Closed = NOT_CLOSED,
+        frozen: DataOfObjects | None = None,
+    ) -> Changes:
         """See ``Tracker``."""
-        asked = Asked(others_wrote=others_wrote, closed=closed)
+        asked = Asked(others_wrote=others_wrote, closed=closed, frozen=frozen)
         for _ in range(_REATTACHMENTS):
             try:
                 return self._collect(last, asked)

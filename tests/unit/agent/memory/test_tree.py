@@ -47,7 +47,9 @@ class FakeTracker:
         world.open.add(self.name)
         self.asked = False
 
-    def collect(self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED) -> Changes:
+    def collect(
+        self, *, last: bool = False, others_wrote: bool = False, closed: Closed = NOT_CLOSED, frozen: object = None
+    ) -> Changes:
         if (self.pid, self.world.started.get(self.pid)) != self.name:
             raise TargetGone("gone")
         self.asked, first = True, not self.asked
