@@ -16,6 +16,10 @@ from typing import Any, Self
 
 from labs.lab import Lab
 
+#: Before a command that is to be interrupted: a shell has what it starts in the background ignore SIGINT, and that is
+#: inherited by everything below, a test run included (env(1)). `livemove` itself does not mind.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+
 COMMAND_TIMEOUT_S = 120.0
 LINE_TIMEOUT_S = 60.0
 MIGRATION_FIELDS = {

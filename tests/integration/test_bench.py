@@ -13,6 +13,7 @@ from labs.benchmarks import measure, pcap
 from labs.commands import run
 from labs.lab import exists
 from labs.state import Paths
+from tests.integration.command import INTERRUPTIBLE
 
 COMMAND = Path(__file__).parents[2] / "labs" / "bench"
 
@@ -87,7 +88,8 @@ def test_files_are_counted_out_of_the_freeze(other_lab_name: str) -> None:
 
 
 def test_an_interrupted_benchmark_leaves_nothing(other_lab_name: str) -> None:
-    process = subprocess.Popen([str(COMMAND), "gap", "--name", other_lab_name], stderr=subprocess.PIPE, text=True)
+    argv = [*INTERRUPTIBLE, str(COMMAND), "gap", "--name", other_lab_name]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stderr is not None
         for line in process.stderr:

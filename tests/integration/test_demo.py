@@ -10,6 +10,7 @@ from pathlib import Path
 from labs.commands import run
 from labs.lab import exists
 from labs.state import Paths
+from tests.integration.command import INTERRUPTIBLE
 
 COMMAND = Path(__file__).parents[2] / "labs" / "demo"
 
@@ -27,7 +28,8 @@ def test_the_demo_moves_there_and_back_without_losing_anything(other_lab_name: s
 
 
 def test_an_interrupted_demo_leaves_nothing(other_lab_name: str) -> None:
-    demo = subprocess.Popen([str(COMMAND), "--name", other_lab_name], stderr=subprocess.PIPE, text=True)
+    argv = [*INTERRUPTIBLE, str(COMMAND), "--name", other_lab_name]
+    demo = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     with demo:
         assert demo.stderr is not None
         for line in demo.stderr:
