@@ -14,34 +14,25 @@ The memory counts as used by the control group of the agent that has written it,
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
-import signal
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
-from coordinator.agent.memory import ptrace
 from coordinator.agent.memory.base import PAGE_BYTES, Mapping
+from coordinator.agent.memory.descriptor_injection import put_in_place
 from coordinator.agent.memory.held_open import HeldOpen
 from coordinator.agent.memory.mappings import read_mappings
-from coordinator.agent.memory.ptrace import status_field
 from coordinator.agent.memory.shared_objects import extents
-from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.messages import HandedOver
-from coordinator.agent.other_processes import copy_descriptor
 from coordinator.agent.tasks import process_tree
-from coordinator.errors import LivemoveError, RestoreFailed, TrackingFailed
+from coordinator.errors import LivemoveError, RestoreFailed
 
 #: include/uapi/linux/falloc.h.
 _KEEP_SIZE, _PUNCH_HOLE = 0x1, 0x2
 _COPY_BYTES = 1 << 20
-_WALL = 0x40000000  # include/uapi/linux/wait.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -166,109 +157,6 @@ def descriptor_of(pid: int, ours: int, size: int) -> int:
     if len(found) != 1:
         raise LookupError(f"process {pid} has {len(found)} descriptors of the memfd {name}")
     return int(found[0].name)
-
-
-def put_in_place(pid: int, number: int, ours: int, asked: Callable[[], None]) -> None:
-    """Make a descriptor of ours that of a process of one thread, under a number that it has in use already.
-
-    ``asked`` as for ``with_stopped_thread``. Raises ``LivemoveError`` or ``OSError``; the number is as it was then."""
-    process = os.pidfd_open(pid)
-    try:
-        with let_go_by_tracer(pid, asked):
-            with_stopped_thread(pid, lambda thread: _put_inside(thread, process, number, ours), asked=asked)
-    finally:
-        os.close(process)
-
-
-@contextmanager
-def let_go_by_tracer(pid: int, asked: Callable[[], None]) -> Iterator[None]:
-    """Have the process that traces another let go of it, and trace it again at the end; meanwhile it stands still.
-
-    A process has one tracer, and that of the first task is CRIU, where a runtime wants the task as its own child
-    (criu/cr-restore.c, restore_root_task): it was seized without options, and runs. ``asked``: as above."""
-    tracer = int(status_field(pid, "TracerPid") or "0")
-    if not tracer:
-        yield
-        return
-    calls = _MACHINES[os.uname().machine]
-
-    def let_go(thread: StoppedThread) -> None:
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.INTERRUPT, pid, 0, 0))
-        asked()
-        _checked(thread, "wait4", thread.call(calls.wait4, pid, 0, _WALL, 0))
-        os.kill(pid, signal.SIGSTOP)  # it stops again before it does anything
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.DETACH, pid, 0, 0))
-
-    def seize(thread: StoppedThread) -> None:
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.SEIZE, pid, 0, 0))
-
-    with_stopped_thread(tracer, let_go)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)  # first: one that is seized would stop once more
-        with_stopped_thread(tracer, seize)
-
-
-def _checked(thread: StoppedThread, name: str, result: int) -> int:
-    if result < 0:
-        raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """Numbers of system calls."""
-
-    mmap: int
-    munmap: int
-    socketpair: int
-    recvmsg: int
-    dup3: int
-    close: int
-    ptrace: int
-    wait4: int
-
-
-_MACHINES = {"x86_64": _Calls(9, 11, 53, 47, 292, 3, 101, 61), "aarch64": _Calls(222, 215, 199, 212, 24, 57, 117, 260)}
-#: struct msghdr (include/linux/socket.h, user_msghdr), struct iovec, struct cmsghdr with one descriptor; and where they
-#: lie in a page of the target's.
-_MESSAGE, _VECTOR, _CONTROL = struct.Struct("=QIxxxxQQQQixxxx"), struct.Struct("=QQ"), struct.Struct("=QiiiI")
-_PAIR_AT, _MESSAGE_AT, _VECTOR_AT, _BYTE_AT, _CONTROL_AT = 0, 64, 128, 192, 256
-_PAIR = struct.Struct("=ii")
-
-
-def _put_inside(thread: StoppedThread, process: int, number: int, ours: int) -> None:
-    """A pair of sockets is made inside; one end is copied out, and the descriptor sent through it (unix(7))."""
-    calls = _MACHINES[os.uname().machine]
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-
-    def call(name: str, *arguments: int) -> int:
-        return _checked(thread, name, thread.call(getattr(calls, name), *arguments))
-
-    page = call("mmap", 0, PAGE_BYTES, protection, flags, -1, 0)
-    memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
-    made: list[int] = []
-    try:
-        call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, page + _PAIR_AT)
-        made += _PAIR.unpack(os.pread(memory, _PAIR.size, page + _PAIR_AT))
-        with socket.socket(fileno=copy_descriptor(process, made[0])) as end:
-            socket.send_fds(end, [b"x"], [ours])
-        control_bytes = _CONTROL.size
-        head = _MESSAGE.pack(0, 0, page + _VECTOR_AT, 1, page + _CONTROL_AT, control_bytes, 0)
-        os.pwrite(memory, head, page + _MESSAGE_AT)
-        os.pwrite(memory, _VECTOR.pack(page + _BYTE_AT, 1), page + _VECTOR_AT)
-        call("recvmsg", made[1], page + _MESSAGE_AT, socket.MSG_CMSG_CLOEXEC)
-        _, _, kind, received, _ = _CONTROL.unpack(os.pread(memory, control_bytes, page + _CONTROL_AT))
-        if kind != socket.SCM_RIGHTS:
-            raise TrackingFailed(f"process {thread.pid} received no descriptor")
-        made.append(received)
-        call("dup3", received, number, 0)
-    finally:
-        os.close(memory)
-        for each in made:
-            thread.call(calls.close, each)
-        thread.call(calls.munmap, page, PAGE_BYTES)
 
 
 def _restored(outer: dict[int, int], wanted: HandedOver) -> tuple[int, Mapping]:
