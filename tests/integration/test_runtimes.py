@@ -269,3 +269,20 @@ def test_criu_logs_warnings_alone(scene: Scene) -> None:
         assert said.status == 0, said.stderr
         lines = [*alpha.read_file(dumped).splitlines(), *beta.read_file(restored).splitlines()]
     assert [line for line in lines if not line.startswith(("Warn ", "Error "))] == []
+
+
+@pytest.mark.parametrize("runtime", ["crun", "podman"])
+def test_shared_memory_is_handed_over_to_every_runtime(packaged_lab: Lab, runtime: Runtime) -> None:
+    """CRIU traces the first task, which is the runtime's child; and it is let go of, and traced again."""
+    scene = scene_of(packaged_lab, runtime, "shared_server")
+    try:
+        for to in ("beta", "alpha"):
+            scene.begin_hop()
+            said = migrate(packaged_lab, scene.workload.name, to)
+            assert (said.status, said.report["outcome"]) == (0, "moved"), said.stderr
+            assert "copied in the freeze" not in " ".join(said.report["warnings"])
+            assert said.report["bytes"]["pre_copy"] > 8 << 20 > said.report["bytes"]["frozen"]
+            scene.unharmed(to)
+            assert scene.clients[0].check_memory() == {"pages": 2048, "wrong_pages": 0}
+    finally:
+        scene.close()
