@@ -18,6 +18,12 @@ from coordinator.agent.process import Command, Running, describe_failure, first_
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
+#: What to do about what CRIU says. (criu/tty.c, tty_set_prgp)
+_HINTS = {
+    "tty: Failed to set group": "In the moment of the freeze a terminal's job had just ended, and its shell had not taken "
+    "the terminal back: move again.",
+}
+
 #: Is told the pid of a command.
 Started = Callable[[int], None]
 
@@ -124,8 +130,9 @@ class CriuRun:
         return await asyncio.shield(self._exit)
 
     def _failure(self) -> LivemoveError:
-        status = self._exit.result()
-        return self._error(describe_failure(self._running.command, status, self._explanation()))
+        explanation = self._explanation()
+        hint = next((hint for said, hint in _HINTS.items() if said in explanation), None)
+        return self._error(describe_failure(self._running.command, self._exit.result(), explanation), hint)
 
     def _explanation(self) -> str:
         """CRIU's own first error, or what the runtime said."""

@@ -175,6 +175,16 @@ async def test_a_lazy_dump_kills_the_frozen_tasks_on_a_commit(criu: HeldCriu, jo
         assert await asyncio.to_thread(task.wait, 20) == -9
 
 
+async def test_what_can_be_done_about_a_failure_is_told(criu: HeldCriu, journal: Journal) -> None:
+    said = "27: Error (criu/tty.c:689): tty: Failed to set group 930 on 3: No such process"
+    dumping = await criu.dump(
+        script(f"echo '{said}'; exit 1"), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False
+    )
+    with pytest.raises(DumpFailed, match="Failed to set group 930") as failed:
+        await dumping.ready()
+    assert failed.value.hint.endswith("move again.")
+
+
 async def test_a_failure_is_told_with_its_first_explaining_line(criu: HeldCriu, journal: Journal) -> None:
     dump = await criu.dump(script(FAILING), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False)
     with pytest.raises(DumpFailed, match=r"exit status 1: Error \(a.c:1\): no such file"):
