@@ -20,8 +20,10 @@ from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
 #: What to do about what CRIU says. (criu/tty.c, tty_set_prgp)
 _HINTS = {
-    "tty: Failed to set group": "In the moment of the freeze a terminal's job had just ended, and its shell had not taken "
-    "the terminal back: move again.",
+    "tty: Failed to set group": (
+        "In the moment of the freeze a terminal's job had just ended, and its shell had not taken the terminal back: "
+        "move again."
+    ),
 }
 
 #: Is told the pid of a command.
