@@ -45,7 +45,7 @@ from coordinator.agent.memory.held_open import HeldOpen
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
 from coordinator.agent.memory.scan_answer import ScanAnswerer
-from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.memory.syscall_injection import StoppedThread, succeeded, with_stopped_thread
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.memory.userfault import ioctl_number, take_out
 from coordinator.agent.other_processes import KCMP
@@ -131,7 +131,7 @@ def _install(thread: StoppedThread, process: int, program: bytes) -> int:
     """The program has to lie in the process's memory: in a page that is its own for the time of the call."""
     numbers = _MACHINES[os.uname().machine]
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    page = _succeeded(thread, "mmap", thread.call(numbers.mmap, 0, PAGE_BYTES, protection, flags, -1, 0))
+    page = succeeded(thread, "mmap", thread.call(numbers.mmap, 0, PAGE_BYTES, protection, flags, -1, 0))
     try:
         head = _PROGRAM.pack(len(program) // _INSTRUCTION.size, page + _PROGRAM.size)
         memory = os.open(f"/proc/{thread.tid}/mem", os.O_WRONLY | os.O_CLOEXEC)
@@ -141,15 +141,9 @@ def _install(thread: StoppedThread, process: int, program: bytes) -> int:
             os.close(memory)
         options = _NEW_LISTENER | _WAIT_KILLABLE_RECV
         listener = thread.call(numbers.seccomp, _SET_MODE_FILTER, options, page)
-        return take_out(thread, process, _succeeded(thread, "seccomp", listener))
+        return take_out(thread, process, succeeded(thread, "seccomp", listener))
     finally:
         thread.call(numbers.munmap, page, PAGE_BYTES)
-
-
-def _succeeded(thread: StoppedThread, name: str, result: int) -> int:
-    if result < 0:
-        raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
-    return result
 
 
 class CriuFilter:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from coordinator.agent.memory import ptrace
 from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import status_field
-from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
+from coordinator.agent.memory.syscall_injection import StoppedThread, succeeded, with_stopped_thread
 from coordinator.agent.other_processes import copy_descriptor
 from coordinator.errors import TrackingFailed
 
@@ -51,14 +51,14 @@ def let_go_by_tracer(pid: int, asked: Callable[[], None]) -> Iterator[None]:
     calls = _MACHINES[os.uname().machine]
 
     def let_go(thread: StoppedThread) -> None:
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.INTERRUPT, pid, 0, 0))
+        succeeded(thread, "ptrace", thread.call(calls.ptrace, ptrace.INTERRUPT, pid, 0, 0))
         asked()
-        _checked(thread, "wait4", thread.call(calls.wait4, pid, 0, _WALL, 0))
+        succeeded(thread, "wait4", thread.call(calls.wait4, pid, 0, _WALL, 0))
         os.kill(pid, signal.SIGSTOP)  # it stops again before it does anything
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.DETACH, pid, 0, 0))
+        succeeded(thread, "ptrace", thread.call(calls.ptrace, ptrace.DETACH, pid, 0, 0))
 
     def seize(thread: StoppedThread) -> None:
-        _checked(thread, "ptrace", thread.call(calls.ptrace, ptrace.SEIZE, pid, 0, 0))
+        succeeded(thread, "ptrace", thread.call(calls.ptrace, ptrace.SEIZE, pid, 0, 0))
 
     with_stopped_thread(tracer, let_go)
     try:
@@ -66,12 +66,6 @@ def let_go_by_tracer(pid: int, asked: Callable[[], None]) -> Iterator[None]:
     finally:
         os.kill(pid, signal.SIGCONT)  # first: one that is seized would stop once more
         with_stopped_thread(tracer, seize)
-
-
-def _checked(thread: StoppedThread, name: str, result: int) -> int:
-    if result < 0:
-        raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
-    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +96,7 @@ def _put_inside(thread: StoppedThread, process: int, number: int, ours: int) -> 
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
     def call(name: str, *arguments: int) -> int:
-        return _checked(thread, name, thread.call(getattr(calls, name), *arguments))
+        return succeeded(thread, name, thread.call(getattr(calls, name), *arguments))
 
     page = call("mmap", 0, PAGE_BYTES, protection, flags, -1, 0)
     memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)

@@ -26,6 +26,7 @@ from coordinator.agent.memory.pagemap import (
     ScanArgument,
 )
 from coordinator.agent.memory.runs import Spans
+from coordinator.agent.memory.shared_objects import memfd_device
 from coordinator.errors import LivemoveError
 
 _ARGUMENT_BYTES = ctypes.sizeof(ScanArgument)
@@ -137,15 +138,6 @@ class ScanAnswerer:
         end = _WORD.pack(argument.walk_end)
         written: int = os.pwrite(memory, regions, argument.vec) + os.pwrite(memory, end, address + _WALK_END)
         return written == length + len(end)
-
-
-def memfd_device() -> int:
-    """The device of every memfd and of all anonymous shared memory (mm/shmem.c, shm_mnt)."""
-    memory = os.memfd_create("device")
-    try:
-        return os.fstat(memory).st_dev
-    finally:
-        os.close(memory)
 
 
 def read_argument(memory: int, address: int) -> ScanArgument | None:

@@ -30,6 +30,7 @@ from typing import Protocol
 
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.holes import HoleWatch, holes_are_told
+from coordinator.agent.memory.shared_objects import memfd_device
 
 _CLONE_NEWIPC = 0x08000000
 _CLOCK_REALTIME_COARSE = 5
@@ -182,9 +183,7 @@ class SegmentTable:
                 self._descriptor = os.open("/proc/sysvipc/shm", os.O_RDONLY | os.O_CLOEXEC)
             finally:
                 _enter(home.fileno())
-        memory = os.memfd_create("device")
-        number = os.fstat(memory).st_dev  # of the mount that segments are on, too (mm/shmem.c, shm_mnt)
-        os.close(memory)
+        number = memfd_device()
         self.device = f"{os.major(number):02x}:{os.minor(number):02x}"
         self.watch, self.punched = self._holes.watch, self._holes.punched
 

@@ -92,3 +92,12 @@ def extents(descriptor: int, position: int, end: int) -> Spans:
         found.append((first, min(last, end)))
         position = last
     return found
+
+
+def memfd_device() -> int:
+    """The device of every memfd, of all anonymous shared memory, and of System V segments (mm/shmem.c, shm_mnt)."""
+    memory = os.memfd_create("device")
+    try:
+        return os.fstat(memory).st_dev
+    finally:
+        os.close(memory)

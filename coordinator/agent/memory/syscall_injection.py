@@ -159,6 +159,13 @@ class StoppedThread:
         raise Unresponsive(f"thread {self.tid} does nothing but receive signals")
 
 
+def succeeded(thread: StoppedThread, name: str, result: int) -> int:
+    """The result of a call; raises ``TrackingFailed`` if it is an errno."""
+    if result < 0:
+        raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
+    return result
+
+
 def with_stopped_thread(pid: int, work: Callable[[StoppedThread], T], *, asked: Callable[[], None] = lambda: None) -> T:
     """Stop one thread of the process, do ``work`` with it, and leave it as found. ``asked`` ends what keeps a process
     of one thread from stopping: it is called when that has been asked to, so that it does nothing in between.
