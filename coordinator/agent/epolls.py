@@ -20,12 +20,12 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from coordinator.agent.other_processes import kcmp
+from coordinator.agent.other_processes import descriptors, kcmp
 from coordinator.agent.tasks import process_tree
 
 #: A number, inode and device of an entry (fs/eventpoll.c, ep_show_fdinfo).
@@ -103,10 +103,7 @@ def as_numbered(entries: Collection[Entry], sockets: Mapping[int, int], asked: C
 
 def opened(pid: int) -> Opened:
     """What a process has open; nothing, if it is gone. Some 7 µs for each file, nearly all of it the kernel's."""
-    try:
-        links = dict(_links(pid))
-    except (FileNotFoundError, ProcessLookupError):
-        return Opened()
+    links = dict(descriptors(pid))
     sockets = {int(number): int(link[len(_SOCKET) : -1]) for number, link in links.items() if link.startswith(_SOCKET)}
     epolls = {}
     for number in (number for number, link in links.items() if link == _EPOLL):
@@ -126,19 +123,6 @@ def _as_numbered(pid: int) -> bool:
     return all(
         as_numbered(entries, there.sockets, partial(is_entry, pid, epoll)) for epoll, entries in there.epolls.items()
     )
-
-
-def _links(pid: int) -> Iterator[tuple[str, str]]:
-    """The numbers of a process's files, with what they lead to."""
-    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for number in os.listdir(folder):  # noqa: PTH208 - a Path takes as long as the call
-            try:
-                yield number, os.readlink(number, dir_fd=folder)
-            except FileNotFoundError:  # closed meanwhile
-                continue
-    finally:
-        os.close(folder)
 
 
 def _entries(path: str) -> list[Entry]:

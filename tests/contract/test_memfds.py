@@ -12,6 +12,7 @@ from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.memfds import Memfds, held_by, held_outside
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.memory.write_protect import WriteProtectTracker
+from coordinator.agent.other_processes import descriptors
 from tests.contract.memory_target import CHOICE, Target, within
 
 #: A memfd, mapped.
@@ -63,6 +64,13 @@ def test_of_a_process_that_is_gone_nothing_is_known() -> None:
         pid = target.pid
     assert held_by([pid]) == frozenset()
     assert held_outside([], [os.getpid()]) == frozenset()
+
+
+def test_of_a_process_that_goes_meanwhile_nothing_more_is_known() -> None:
+    with Target() as target:
+        found = descriptors(target.pid)
+        first, _ = next(found)
+    assert [first, *found] == [first]
 
 
 class Looks:

@@ -12,12 +12,13 @@ which takes CAP_CHECKPOINT_RESTORE and is not covered. So until a look finds one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from coordinator.agent.memory.base import ProcessChanges
 from coordinator.agent.memory.mappings import PROC, read_mappings
+from coordinator.agent.other_processes import descriptors
 
 _MEMFD, _SOCKET = "/memfd:", "socket:["
 
@@ -66,7 +67,7 @@ def held_by(pids: Iterable[int]) -> frozenset[int] | None:
     found: set[int] = set()
     for pid in pids:
         unix: frozenset[str] | None = None
-        for number, link in _descriptors(pid):
+        for number, link in descriptors(pid):
             if link.startswith(_MEMFD):
                 found.update(_inode(pid, number))
             elif link.startswith(_SOCKET):
@@ -84,7 +85,7 @@ def held_outside(inodes: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
         if not name.isdigit() or (pid := int(name)) in inside:
             continue
         with suppress(OSError):
-            for number, link in _descriptors(pid):
+            for number, link in descriptors(pid):
                 found.update(_inode(pid, number) if link.startswith(_MEMFD) else ())
             found.update(mapping.memfd for mapping in read_mappings(pid) if mapping.memfd is not None)
     return wanted & found
@@ -95,20 +96,6 @@ def _inode(pid: int, number: str) -> list[int]:
     with suppress(OSError):
         return [os.stat(f"/proc/{pid}/fd/{number}").st_ino]  # noqa: PTH116 - there may be thousands
     return []
-
-
-def _descriptors(pid: int) -> Iterator[tuple[str, str]]:
-    """Numbers and links of a process's descriptors; none if it is gone."""
-    try:
-        folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, ProcessLookupError):
-        return
-    try:
-        for number in os.listdir(folder):  # noqa: PTH208 - a descriptor
-            with suppress(OSError):  # closed meanwhile
-                yield number, os.readlink(number, dir_fd=folder)
-    finally:
-        os.close(folder)
 
 
 def _unix_sockets(pid: int) -> frozenset[str]:

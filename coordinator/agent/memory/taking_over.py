@@ -106,14 +106,11 @@ class ReceivedObjects:
                     copied.append(f"{each.size >> 20} MiB of shared memory were copied in the freeze: {why}")
             except (OSError, LookupError) as error:
                 raise RestoreFailed(f"shared memory at {each.address:#x} of process {each.pid}: {error}") from error
-        self._let_go()
+        self.close()
         return tuple(copied)
 
     def close(self) -> None:
         """Give up what is ours; what the tasks have mapped is theirs. Idempotent."""
-        self._let_go()
-
-    def _let_go(self) -> None:
         if self._until is not None:
             self._until.close()  # whoever still waits ends
             self._until = None
