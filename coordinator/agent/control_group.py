@@ -24,10 +24,23 @@ def control_group(bundle: Path, container: str, cgroups: Path = CGROUPS) -> Path
         path = _linux(bundle).get("cgroupsPath", f"/{container}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    base = next((each for each in (cgroups / "unified", cgroups) if (each / "cgroup.controllers").exists()), None)
+    base = _version_2(cgroups)
     if base is None or not isinstance(path, str) or ":" in path or ".." in path:
         return None
     return base / path.lstrip("/")
+
+
+def group_of_process(pid: int | str, cgroups: Path = CGROUPS) -> Path | None:
+    """The group (version 2) that a process is in. ``None`` if it is the root of what is seen here, or gone."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    base = _version_2(cgroups)
+    for line in lines:
+        if line.startswith("0::/") and base is not None and (base / line[len("0::/") :] / "cgroup.events").exists():
+            return base / line[len("0::/") :]
+    return None
 
 
 def changed_limits(program: str, bundle: Path, container: str, cgroups: Path = CGROUPS) -> tuple[Obstacle, ...]:
@@ -63,6 +76,10 @@ def expected(resources: dict[str, Any]) -> dict[str, str]:
         "cpu.max": f"{_or_max(cpu.get('quota') or 0)} {cpu.get('period') or _CPU_PERIOD_US}",
         **{f"hugetlb.{each['pageSize']}.max": str(each["limit"]) for each in pages},
     }
+
+
+def _version_2(cgroups: Path) -> Path | None:
+    return next((each for each in (cgroups / "unified", cgroups) if (each / "cgroup.controllers").exists()), None)
 
 
 def _linux(bundle: Path) -> dict[str, Any]:

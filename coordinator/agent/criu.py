@@ -11,6 +11,7 @@ from typing import Protocol
 
 from coordinator.agent.criu_filter import CriuFilter
 from coordinator.agent.freeze_watch import FreezeWatch
+from coordinator.agent.group_moves import GroupMoves
 from coordinator.agent.hook import POST_DUMP, POST_RESTORE, POST_RESUME, PRE_DUMP, PRE_RESUME, Hook
 from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
@@ -188,9 +189,11 @@ class CriuRestore(CriuRun):
         super().__init__(running, hook, work, RestoreFailed)
         self._journal = journal
         self._hold = hold
+        self._moves = GroupMoves.begun()
 
     def let_go(self) -> None:
         """See ``Restore``."""
+        self._moves.end()
         self._hold.release()
         super().let_go()
 
@@ -200,7 +203,10 @@ class CriuRestore(CriuRun):
 
     async def staged(self) -> int:
         """See ``Restore``."""
-        return await self._stands_at(POST_RESTORE)
+        try:
+            return await self._stands_at(POST_RESTORE)
+        finally:
+            self._moves.end()
 
     async def connected(self) -> None:
         """See ``Restore``."""

@@ -21,13 +21,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from coordinator.agent.control_group import group_of_process
 from coordinator.agent.memory import ptrace
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.registers import Machine, this_machine
 from coordinator.agent.tasks import process_tree, threads
 from coordinator.errors import TrackingFailed
 
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
 #: nanosleep and clock_nanosleep.
 _NAPS = {"x86_64": ("35", "230"), "aarch64": ("101", "115")}
 _STOP_S, _LOOK_S = 0.05, 0.0003
@@ -107,14 +108,8 @@ def _stands_still(task: int, tracer: str) -> bool:
 
 def frozen_file(pid: int) -> Path | None:
     """The cgroup.events of a process's cgroup version 2; ``None`` if it is in the root of what is seen here."""
-    try:
-        lines = (_PROC / str(pid) / "cgroup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    for line in lines:
-        if line.startswith("0::/") and (path := _CGROUP / line[len("0::/") :] / "cgroup.events").exists():
-            return path
-    return None
+    group = group_of_process(pid)
+    return None if group is None else group / "cgroup.events"
 
 
 def is_frozen(events: Path) -> bool:

@@ -69,11 +69,11 @@ decide() {{
         esac
     done
 }}
-# A shell reads byte by byte. What is there already is read before the wait; the rest, and if that does not decide
-# everything once more, behind it.
+echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}
+# A shell reads byte by byte. What is there already is read before the wait, and what comes by then may be lost in it;
+# the rest, and if that does not decide everything once more, behind it.
 if [ -r {journal} ]; then exec 8<{journal}; else exec 8</dev/null; fi
 while read -r line <&8; do :; done
-echo "$CRTOOLS_SCRIPT_ACTION" "$CRTOOLS_INIT_PID" 1<>{reached}
 {flock} -s 9 9<{hold}."$CRTOOLS_SCRIPT_ACTION"
 case "$CRTOOLS_SCRIPT_ACTION" in
 pre-dump) [ -e {proceed} ]; exit ;;
