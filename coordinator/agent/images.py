@@ -53,6 +53,9 @@ class ImageSpace(Protocol):
     def sizes(self, but: Container[str] = ()) -> dict[str, int]:
         """The image files but those in ``but``, by name, with their bytes. Some 5 µs for each, and 1 µs for those."""
 
+    def size(self, name: str) -> int:
+        """The bytes of one of them."""
+
     @property
     def written(self) -> Mapping[str, int]:
         """Those of them that ``write`` has made, as far as it has come in each: known without a look at the files."""
@@ -112,6 +115,10 @@ class TmpfsImageSpace:
         if INVENTORY not in but and self._aside.is_file():
             found[INVENTORY] = self._aside.stat().st_size
         return found
+
+    def size(self, name: str) -> int:
+        """See ``ImageSpace``."""
+        return os.stat(self._path(name)).st_size  # noqa: PTH116 - as ``_path``
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See ``ImageSpace``."""

@@ -62,6 +62,10 @@ class FakeImageSpace:
         """See ``ImageSpace``."""
         return {name: len(content) for name, content in self._files().items() if name not in but}
 
+    def size(self, name: str) -> int:
+        """See ``ImageSpace``."""
+        return len(self._files()[name])
+
     def read(self, name: str, offset: int, size: int) -> bytes:
         """See ``ImageSpace``."""
         return self._files()[name][offset : offset + size]

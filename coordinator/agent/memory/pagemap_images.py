@@ -15,6 +15,8 @@ from coordinator.errors import RestoreFailed
 
 _MAGICS = struct.pack("=II", 0x54564319, 0x56084025)
 _LENGTH = struct.Struct("=I")
+#: Where the messages begin.
+_MESSAGES = len(_MAGICS)
 _PAGES_IMAGE = 1
 _ADDRESS, _COMPAT_PAGES, _FLAGS, _PAGES = 1, 2, 4, 5
 LAZY, PRESENT = 1 << 1, 1 << 2
@@ -29,25 +31,43 @@ class Entry:
     flags: int
 
 
+#: The head of a page map is within so many bytes.
+HEAD_BYTES = 64
+
+
+def process_of(name: str) -> int | None:
+    """The process whose page map an image of that name is, if it is one: not of shared memory."""
+    number = name.removeprefix("pagemap-").removesuffix(".img")
+    return int(number) if number.isdigit() and name == f"pagemap-{number}.img" else None
+
+
+def pages_image(head: bytes) -> str | None:
+    """The name of the image with the pages of a page map that begins like that; ``None`` for one we do not know."""
+    try:
+        end = _MESSAGES + _LENGTH.size + _LENGTH.unpack_from(head, _MESSAGES)[0]
+        return f"pages-{parse(head[:end], '')[0]}.img"
+    except (RestoreFailed, struct.error, KeyError, IndexError):
+        return None
+
+
 def lazy_pages(images: Path) -> dict[int, list[Entry]]:
     """For each process its runs of lazy pages.
 
     Raises ``RestoreFailed`` for a page map it does not know."""
     found: dict[int, list[Entry]] = {}
     for path in images.glob("pagemap-*.img"):
-        number = path.stem.removeprefix("pagemap-")
-        if number.isdigit():
+        if (process := process_of(path.name)) is not None:
             _, entries = parse(path.read_bytes(), path.name)
-            found[int(number)] = [entry for entry in entries if entry.flags & (LAZY | PRESENT) == LAZY]
+            found[process] = [entry for entry in entries if entry.flags & (LAZY | PRESENT) == LAZY]
     return found
 
 
 def parse(data: bytes, name: str) -> tuple[int, list[Entry]]:
     """The number of the pages image, and the entries; ``name`` is for the error."""
-    if data[: len(_MAGICS)] != _MAGICS:
+    if data[:_MESSAGES] != _MAGICS:
         raise RestoreFailed(f"{name} is no page map of CRIU's", "Use --mode stop-copy with this CRIU.")
     messages: list[dict[int, int]] = []
-    at = len(_MAGICS)
+    at = _MESSAGES
     while at < len(data):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size

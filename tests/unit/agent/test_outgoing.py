@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.agent.channel import CHUNK_BYTES
 from coordinator.agent.fakes.clock import run
 from coordinator.agent.fakes.images import FakeImageSpace
 from coordinator.agent.fakes.world import Life, World
 from coordinator.agent.messages import ChannelMessage, ImageChunk, SmallImages
-from coordinator.agent.outgoing import _SMALL_BYTES, SentImages, batches, send_finished, send_images
+from coordinator.agent.outgoing import _SMALL_BYTES, InTurn, SentImages, batches, send_finished, send_images
+from tests.unit.agent.memory.pagemaps import serialize
 from tests.unit.agent.stage import make_plan
 
 MOST = 100
@@ -144,3 +146,87 @@ def test_every_name_is_in_one_group_and_no_group_is_too_large(sizes: dict[str, i
 
 def test_neighbours_that_fit_share_a_group() -> None:
     assert list(batches({"a": 60, "b": 40, "c": 1, "d": 100}, MOST)) == [["a", "b"], ["c"], ["d"]]
+
+
+class Dumping:
+    """A dump of tasks, one after the other: the next step is made when the sender has seen the last one."""
+
+    def __init__(self, images: FakeImageSpace, sink: Sink) -> None:
+        self._images = images
+        self._sink = sink
+        self.seen: dict[str, set[str]] = {}
+
+    async def begin(self, number: int, pages: bytes) -> None:
+        self._images.write(f"pagemap-{number}.img", 0, serialize(number + 100, []))
+        self._images.write(f"pages-{number + 100}.img", 0, pages[:1])
+        await asyncio.sleep(0.1)
+        self._images.write(f"pages-{number + 100}.img", 0, pages)
+
+    async def of_two_tasks(self, mountpoints: bool) -> None:
+        await self.begin(1, b"first" * _SMALL_BYTES)
+        self.seen["in the first"] = set(self._sink.files)
+        await self.begin(2, b"second")
+        self.seen["in the second"] = set(self._sink.files)
+        self._images.write("mountpoints-9.img" if mountpoints else "pstree.img", 0, b"")
+        self._images.write("pagemap-shmem-3.img", 0, serialize(103, []))
+        self._images.write("pages-103.img", 0, b"shared")
+        await asyncio.sleep(0.1)
+        self.seen["behind them"] = set(self._sink.files)
+
+
+@pytest.mark.parametrize("mountpoints", [True, False])
+def test_the_pages_of_a_task_go_when_the_next_is_dumped(images: FakeImageSpace, *, mountpoints: bool) -> None:
+    sink = Sink()
+    dumping = Dumping(images, sink)
+
+    async def both() -> SentImages:
+        dumped = asyncio.ensure_future(dumping.of_two_tasks(mountpoints))
+        early = await send_finished(sink, images, dumped, lambda *_: None)
+        await dumped
+        return await send_images(sink, images, {}, lambda *_: None, early)
+
+    sent = run(both())
+    assert dumping.seen == {
+        "in the first": set(),
+        "in the second": {"pages-101.img"},
+        "behind them": {"pages-101.img", "pages-102.img"},
+    }
+    assert {name: len(content) for name, content in sink.files.items()} == sent.sizes == images.sizes()
+    assert sink.files["pages-101.img"] == b"first" * _SMALL_BYTES
+    assert sink.files["pages-102.img"] == b"second"
+    assert sent.bytes == sum(sent.sizes.values())
+
+
+def test_what_was_begun_is_not_sent_to_its_end_when_the_dump_has_failed(images: FakeImageSpace) -> None:
+    sink = Sink()
+
+    async def failing() -> None:
+        dumped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def fail(*_: object) -> None:
+            if not dumped.done():
+                dumped.set_exception(OSError("no"))
+
+        images.write("pagemap-1.img", 0, serialize(1, []))
+        images.write("pages-1.img", 0, b"x" * 3 * CHUNK_BYTES)
+        images.write("pstree.img", 0, b"")
+        await send_finished(sink, images, dumped, fail)
+        assert dumped.exception() is not None
+
+    run(failing())
+    assert len(sink.files["pages-1.img"]) == CHUNK_BYTES
+
+
+@given(st.lists(st.integers(1, 3), max_size=8), st.booleans())
+def test_what_is_written_in_turn_is_finished_once_and_never_the_last(steps: list[int], ended: bool) -> None:
+    turn, found, finished = InTurn(), set[str](), list[str]()
+    for step in steps:
+        found = found | {str(len(found) + number) for number in range(step)}
+        new = turn.finished(found)
+        assert str(len(found) - 1) not in new
+        turn.take(new)
+        finished += new
+    if ended:
+        finished += turn.finished(found, ended=True)
+        assert set(finished) == found
+    assert len(finished) == len(set(finished))

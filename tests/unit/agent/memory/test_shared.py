@@ -82,6 +82,9 @@ class Images:
     def sizes(self, but: Container[str] = ()) -> dict[str, int]:
         return {name: len(content) for name, content in self.files.items() if name not in but}
 
+    def size(self, name: str) -> int:
+        return len(self.files[name])
+
     def read(self, name: str, offset: int, size: int) -> bytes:
         return self.files[name][offset : offset + size]
 
