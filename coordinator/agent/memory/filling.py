@@ -18,7 +18,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +44,9 @@ Fetch = Callable[[int, int, int], Awaitable[bytes]]
 
 FETCH_TIMEOUT_S, GUARD_TIMEOUT_S = 30.0, 10.0
 
-#: At most so many pages are filled in before all others, in the order they were written in, the last first.
-HOT_PAGES = 4096
+#: At most so many groups of pages are filled in before all others, in the order they were written in, the last first.
+#: One costs some 30 µs and 0.5 for each page, and saves a task that touches any of them a fault.
+HOT_GROUPS = 1024
 
 #: Where CRIU's restore looks for who fills in, in its working directory (criu/uffd.c, LAZY_PAGES_SOCK_NAME).
 _SOCKET = "lazy-pages.socket"
@@ -56,6 +58,22 @@ def _program(module: str, *descriptors: int) -> Command:
     """A module of the agent's as a program, which starts with as little of Python as it needs."""
     code = _PROGRAM.format(module=module)
     return Command((sys.executable, "-I", "-S", "-c", code, str(_ROOT), *map(str, descriptors)), {})
+
+
+def hot_groups(written: Iterable[tuple[int, range]], most: int = HOT_GROUPS) -> dict[int, list[tuple[int, int]]]:
+    """For each process (page, count) of the groups that have pages of these, in their order (pure): each group once,
+    and neighbours as one. A group is what a fault brings along (``filler.AROUND_PAGES``)."""
+    around = filler.AROUND_PAGES
+    groups = (
+        (pid, group) for pid, pages in written for group in range(pages.start // around, -(-pages.stop // around))
+    )
+    found: dict[int, list[tuple[int, int]]] = {}
+    for pid, group in islice(dict.fromkeys(groups), most):
+        first, runs = group * around, found.setdefault(pid, [])
+        if runs and sum(runs[-1]) == first:
+            first, _ = runs.pop()
+        runs.append((first, (group + 1) * around - first))
+    return found
 
 
 class FillingMemory(Protocol):
@@ -199,12 +217,7 @@ class StoredMemory:
                     self._store.expect(pid, run.start, run.pages)
                     later += run.pages
         directory = [(pid, list(blocks.items())) for pid, blocks in self._store.directory().items()]
-        hot: dict[int, list[tuple[int, int]]] = {}
-        left = HOT_PAGES
-        for pid, numbers in (*self._recent, *self._before):
-            if left > 0:
-                hot.setdefault(pid, []).append((numbers.start, len(numbers[:left])))
-                left -= len(numbers)
+        hot = hot_groups((*self._recent, *self._before))
         slots = self._store.reserve(later)
         await self._tell(directory=directory, hot=list(hot.items()), slots=slots, complete=fetch is None)
 

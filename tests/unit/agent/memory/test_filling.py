@@ -13,8 +13,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coordinator.agent.memory.filling import StoredMemory
+from coordinator.agent.memory.filler import AROUND_PAGES
+from coordinator.agent.memory.filling import StoredMemory, hot_groups
 from coordinator.agent.memory.pagemap_images import LAZY, Entry
 from coordinator.agent.memory.store import PAGE_BYTES
 from coordinator.agent.messages import DroppedPages, Go, PageBatch, ProcessGone, RoundEnd
@@ -27,6 +30,26 @@ P = PAGE_BYTES
 #: Where the task has its memory; far from everything else.
 BASE = 0x3000_0000_0000
 FAR = BASE + 0x1000_0000
+
+
+WRITTEN = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 300), st.integers(1, 90)), max_size=8)
+
+
+@given(WRITTEN, st.integers(1, 40))
+def test_hot_are_the_groups_of_what_was_written_each_once(written: list[tuple[int, int, int]], most: int) -> None:
+    hot = hot_groups(((pid, range(first, first + count)) for pid, first, count in written), most)
+    groups = [(pid, page) for pid, runs in hot.items() for first, count in runs for page in range(first, first + count)]
+    assert len(groups) == len(set(groups)) <= most * AROUND_PAGES
+    assert all(first % AROUND_PAGES == count % AROUND_PAGES == 0 for runs in hot.values() for first, count in runs)
+    pages = {(pid, page) for pid, first, count in written for page in range(first, first + count)}
+    wanted = {(pid, page // AROUND_PAGES) for pid, page in pages}
+    assert {(pid, page // AROUND_PAGES) for pid, page in groups} <= wanted
+    assert len(groups) == min(len(wanted), most) * AROUND_PAGES
+
+
+def test_what_was_written_first_is_filled_first() -> None:
+    written = [(1, range(70, 71)), (1, range(100, 101)), (1, range(3, 4)), (1, range(71, 72)), (2, range(65))]
+    assert hot_groups(written) == {1: [(64, 64), (0, 32)], 2: [(0, 96)]}
 
 
 class Task:
