@@ -26,6 +26,11 @@ R = TypeVar("R")
 
 PROGRESS_INTERVAL_MS = 100.0
 
+#: Phases of the freeze. To tell of one takes processors that the freeze has better use for (a millisecond here, more
+#: where the coordinator is): it is done when the freeze is over, or has become so long that somebody wants to know.
+IN_FREEZE = frozenset({Phase.FROZEN, Phase.DUMPED, Phase.STAGED, Phase.COMMITTED})
+LONG_FREEZE_S = 0.5
+
 #: Seconds on a clock that only goes forward; ``time.monotonic`` but in tests.
 Clock = Callable[[], float]
 
@@ -73,6 +78,8 @@ class Half:
         self._began = clock()
         self._progress_at = 0.0
         self._entered: list[tuple[Phase, float]] = []
+        self._untold: list[Event] = []
+        self._telling: asyncio.TimerHandle | None = None
         self._parts: list[tuple[str, float]] = []
 
     def undoers(self) -> dict[str, Undoer]:
@@ -84,10 +91,25 @@ class Half:
         self.channel = channel
 
     def enter(self, phase: Phase, *, durable: bool = False, reason: str = "") -> None:
-        """Record a phase in the journal, then tell of it."""
+        """Record a phase in the journal, then tell of it; of those in the freeze a little later."""
         self.journal.enter(phase, durable=durable, reason=reason)
         self._entered.append((phase, self.elapsed_ms()))
-        self._sink(Event(kind="phase", name=phase.value, host=self.host, at_ms=self.elapsed_ms(), detail=reason))
+        self._untold.append(
+            Event(kind="phase", name=phase.value, host=self.host, at_ms=self.elapsed_ms(), detail=reason)
+        )
+        if phase not in IN_FREEZE:
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(LONG_FREEZE_S, self._tell)
+
+    def _tell(self) -> None:
+        """Tell of the phases that nobody was told of yet."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        untold, self._untold = self._untold, []
+        for event in untold:
+            self._sink(event)
 
     def abort(self, error: LivemoveError) -> None:
         """Enter ABORTED. With a disk that takes no record the roll-back goes on all the same: without COMMITTED a
@@ -103,7 +125,9 @@ class Half:
         raise NotImplementedError
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Tell how many bytes of how many (0: not known) are done, at most every 100 ms."""
+        """Tell how many bytes of how many (0: not known) are done, at most every 100 ms, and not in a short freeze."""
+        if self._telling is not None:
+            return
         at_ms = self.elapsed_ms()
         if at_ms - self._progress_at < PROGRESS_INTERVAL_MS and done != total:
             return
@@ -137,6 +161,8 @@ class Half:
 
     def warn(self, *warnings: str) -> None:
         """Tell of something that went wrong without changing the outcome."""
+        if warnings:
+            self._tell()
         self.warnings.extend(warnings)
         for warning in warnings:
             self._sink(Event(kind="notice", name="WARNING", host=self.host, at_ms=self.elapsed_ms(), detail=warning))
@@ -188,6 +214,7 @@ class Half:
 
     def result(self, outcome: Outcome, error: LivemoveError | None = None, **values: Any) -> HalfResult:
         """The half's result with its phases and warnings."""
+        self._tell()
         ends = [*(at for _, at in self._entered), self.elapsed_ms()][1:]
         phases = tuple(
             PhaseTime(name=phase.value, start_ms=round(start, 3), ms=round(end - start, 3))
