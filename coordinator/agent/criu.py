@@ -27,6 +27,9 @@ _HINTS = {
     ),
 }
 
+#: How long, and in which steps, it is waited until CRIU is loaded.
+_LOAD_LOOKS, _LOAD_LOOK_S = 200, 0.005
+
 #: Is told the pid of a command.
 Started = Callable[[int], None]
 
@@ -52,6 +55,10 @@ class Dump(Protocol):
 
 class Restore(Protocol):
     """A restore under way, held at its hook."""
+
+    async def loaded(self) -> None:
+        """Return when CRIU has come as far as it can without images; or after a second, as that is only slower. Raise
+        ``RestoreFailed`` if it has ended."""
 
     def begin(self) -> None:
         """The images are complete: let CRIU read them."""
@@ -196,6 +203,15 @@ class CriuRestore(CriuRun):
         self._moves.end()
         self._hold.release()
         super().let_go()
+
+    async def loaded(self) -> None:
+        """See ``Restore``."""
+        for _ in range(_LOAD_LOOKS):
+            if self._hold.reached_by(process_tree(self._running.pid)):
+                return
+            await asyncio.wait((self._exit,), timeout=_LOAD_LOOK_S)
+            if self._exit.done():
+                raise self._failure()
 
     def begin(self) -> None:
         """See ``Restore``."""

@@ -15,15 +15,19 @@ from coordinator.agent.channel import peer_aborted
 from coordinator.agent.criu import Restore
 from coordinator.agent.deeds import Undoer
 from coordinator.agent.half import ANY_REASON, as_livemove_error, ended, uninterrupted
-from coordinator.agent.handing_back import answering_until_frozen
+from coordinator.agent.handing_back import answer_until_frozen
 from coordinator.agent.incoming import receive_images, receive_rounds
 from coordinator.agent.memory.fetching import PageFetcher
 from coordinator.agent.messages import (
+    ChannelMessage,
+    Divert,
     Diverted,
     FetchedPages,
     GaveUp,
     GiveUp,
     Go,
+    LoadRestore,
+    RestoreLoaded,
     Resumed,
     Staged,
 )
@@ -142,16 +146,21 @@ class DestinationHalf(HalfWithMemory):
         self.adapters.pace("background")
         before_divert_s = deadlines.accept_s + deadlines.close_s
         async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
-            await receive_rounds(self._link(), self.images, self._memory, self._track, self.files)
+            await self._receive_rounds(LoadRestore)
+            restore = await self._load_restore()
+            await self._link().send(RestoreLoaded())
+            await self._receive_rounds(Divert)
         after_divert_s = deadlines.accept_s + 2 * self.plan.mover_s
         async with asyncio.timeout(deadlines.connect_s + after_divert_s + deadlines.freeze_s):
-            await self._until_restored()
+            await self._until_restored(restore)
         self.enter(Phase.STAGED)
 
-    async def _until_restored(self) -> None:
+    async def _receive_rounds(self, until: type[ChannelMessage]) -> None:
+        await receive_rounds(self._link(), self.images, self._memory, self._track, self.files, until=until)
+
+    async def _until_restored(self, restore: Restore) -> None:
         await self._divert()
-        async with answering_until_frozen(self._link(), self.network):
-            restore = await self._load_restore()
+        await answer_until_frozen(self._link(), self.network)
         self.enter(Phase.FROZEN)
         self.part("told of the freeze")
         pages_later, self._received_bytes = await receive_images(
@@ -179,12 +188,14 @@ class DestinationHalf(HalfWithMemory):
         await self.network.track_connections(from_bytes(entries))
 
     async def _load_restore(self) -> Restore:
-        """Start the restore up to where it needs images, so that its start is not part of the freeze."""
+        """Start the restore up to where it needs images, so that its start is not part of the freeze, and what keeps it
+        from starting is found out while the service runs."""
         lazy = self._memory is not None
         command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("restore", durable=False)
         hold, started = self.images.hold(), self.record_criu("restore")
         self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy)
+        await self._restore.loaded()
         return self._restore
 
     async def _receive_go(self) -> Go:

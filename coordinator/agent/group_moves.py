@@ -4,8 +4,8 @@ CRIU moves what it restores into its control group before anything else. To move
 ends on the host for a moment, and before the first move in a while it makes them look for that: it waits for an RCU
 grace period, 10 to 20 ms in which CRIU sleeps and nothing else goes on (kernel/cgroup/cgroup.c,
 cgroup_procs_write_start; kernel/locking/percpu-rwsem.c; kernel/rcu/sync.c). When a grace period after the last move has
-passed, forks and ends do not look any more. So from shortly before, and until it is restored, we move ourselves, every
-few milliseconds, to the group in which we are.
+passed, forks and ends do not look any more. So from the start of CRIU, before the freeze, and until all is restored, we
+move ourselves, every few milliseconds, to the group in which we are.
 
 The mount option ``favordynmods`` of control groups does the same for ever (Linux 6.0,
 Documentation/admin-guide/cgroup-v2.rst); with it, and on hosts with version 1 alone, this changes nothing.
@@ -21,9 +21,6 @@ from coordinator.agent.control_group import group_of_process
 
 #: A grace period takes at least a tick of the kernel's clock, which is 4 ms at 250 Hz.
 _EVERY_S = 0.003
-#: The first move waits, and whoever else changes or mounts control groups waits with it. Where source and destination
-#: are under one kernel, as in a lab, that must not be the dump: CRIU freezes the tasks and notes their groups first.
-_AFTER_S = 0.04
 _MOST_S = 60.0
 
 
@@ -53,10 +50,8 @@ class GroupMoves:
 
     def _move(self, procs: Path) -> None:
         until = time.monotonic() + _MOST_S
-        pause_s = _AFTER_S
-        while not self._ended.wait(pause_s) and time.monotonic() < until:
+        while not self._ended.wait(_EVERY_S) and time.monotonic() < until:
             try:
                 procs.write_text("0\n")  # who writes it (Documentation/admin-guide/cgroup-v2.rst, cgroup.procs)
             except OSError:
                 return  # it is merely slower
-            pause_s = _EVERY_S

@@ -8,12 +8,9 @@ data, which stays in the hold for the socket that is restored.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from coordinator.agent.channel import Channel, expect, peer_aborted
-from coordinator.agent.half import ended
 from coordinator.agent.messages import FrozenNow, GiveUp, Kept, Unfinished
 from coordinator.agent.network import ServiceNetwork, socket_facts
 from coordinator.errors import ProtocolError
@@ -40,19 +37,9 @@ class HandBack:
         self._taken.update(packets)
 
 
-@contextlib.asynccontextmanager
-async def answering_until_frozen(link: Channel, network: ServiceNetwork) -> AsyncIterator[None]:
-    """The destination's part: answers what the source asks, while the block is worked off and then until it is frozen.
-    Raises PeerAborted, ProtocolError, ChannelFailed."""
-    answering = asyncio.ensure_future(_answer(link, network))
-    try:
-        yield
-        await answering
-    finally:
-        await ended(answering)
-
-
-async def _answer(link: Channel, network: ServiceNetwork) -> None:
+async def answer_until_frozen(link: Channel, network: ServiceNetwork) -> None:
+    """The destination's part: answers what the source asks, until that is frozen. Raises PeerAborted, ProtocolError,
+    ChannelFailed."""
     while True:
         message, _ = await link.receive()
         if isinstance(message, FrozenNow):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent.other_processes import descriptors
 from coordinator.agent.process import run
 from coordinator.errors import NotEnoughSpace, ProtocolError
 
@@ -22,6 +23,9 @@ INVENTORY = "inventory.img"
 
 class ImageHold(Protocol):
     """Holds who reads the images at the first of them, until all are there."""
+
+    def reached_by(self, pids: Iterable[int]) -> bool:
+        """Whether one of these processes stands there."""
 
     def complete(self) -> None:
         """All are there: let them be read. Raises ``ProtocolError`` if the first is not."""
@@ -164,6 +168,11 @@ class InventoryHold:
         self._aside = aside
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
         inventory.symlink_to(f"/proc/{os.getpid()}/fd/{self._reader}")
+
+    def reached_by(self, pids: Iterable[int]) -> bool:
+        """See ``ImageHold``."""
+        pipe = str(Path(f"/proc/self/fd/{self._reader}").readlink())
+        return any(link == pipe for pid in pids for _, link in descriptors(pid))
 
     def complete(self) -> None:
         """See ``ImageHold``. Who has come through the link gets its content, who comes later finds the file."""

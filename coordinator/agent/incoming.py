@@ -11,8 +11,8 @@ from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.filling import FillingMemory
 from coordinator.agent.memory.store import PAGE_BYTES
 from coordinator.agent.messages import (
+    ChannelMessage,
     ConnectionsTracked,
-    Divert,
     GiveUp,
     ImageChunk,
     ImagesComplete,
@@ -32,12 +32,18 @@ Track = Callable[[bytes], Awaitable[None]]
 
 
 async def receive_rounds(
-    link: Channel, images: ImageSpace, memory: FillingMemory | None, track: Track, files: FilesTarget
+    link: Channel,
+    images: ImageSpace,
+    memory: FillingMemory | None,
+    track: Track,
+    files: FilesTarget,
+    *,
+    until: type[ChannelMessage],
 ) -> None:
-    """Store what the copying source sends, and what a runtime has written before its dump, until ``Divert``."""
+    """Store what the copying source sends, and what a runtime has written before its dump, until a message comes."""
     while True:
         message, payload = await link.receive()
-        if isinstance(message, Divert):
+        if isinstance(message, until):
             return
         if isinstance(message, ImageChunk | SmallImages):
             _write(message, payload, images)
@@ -52,7 +58,7 @@ async def receive_rounds(
         elif isinstance(message, GiveUp):
             raise peer_aborted(message)
         elif memory is None or not memory.take(message, payload):
-            raise ProtocolError(f"the source sent {type(message).__name__} where Divert was due")
+            raise ProtocolError(f"the source sent {type(message).__name__} where {until.__name__} was due")
 
 
 async def receive_images(

@@ -21,6 +21,17 @@ class Hello(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRestore(ChannelMessage):
+    """Source: the dump stands before the freeze, bring the restore as far as it comes without images. Answered by
+    ``RestoreLoaded``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreLoaded(ChannelMessage):
+    """Destination: it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Divert(ChannelMessage):
     """Source: answer for the addresses from now on, hold what arrives. Answered by ``Diverted``."""
 

@@ -28,6 +28,8 @@ from coordinator.agent.messages import (
     GiveUp,
     Go,
     ImagesComplete,
+    LoadRestore,
+    RestoreLoaded,
     Resumed,
     Staged,
 )
@@ -129,6 +131,7 @@ class SourceHalf(Half):
     async def _until_staged(self) -> None:
         await self._copy()
         dump = await self._load_criu()
+        await self._load_restore()
         await self.tracked.send_all(self._link())
         await self._divert()
         await self._freeze(dump)
@@ -188,6 +191,14 @@ class SourceHalf(Half):
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
         await send_images(self._link(), self.images, {}, self.progress)
         return self._dump
+
+    async def _load_restore(self) -> None:
+        """Have the destination do the same, and send what was written meanwhile."""
+        async with asyncio.timeout(self.plan.deadlines.prepare_s):
+            await self._link().send(LoadRestore())
+            await expect(self._link(), RestoreLoaded)
+        async with asyncio.timeout(self.plan.deadlines.copy_s):
+            await self.memory.catch_up(self._link())
 
     async def _divert(self) -> None:
         """Hand the segment's packets over to the destination, then work off what was received here.

@@ -99,7 +99,9 @@ async def test_real_only_a_reader_gets_all_of_the_first_image_or_nothing(
     real.write(INVENTORY, 0, b"inventory")
     command = ("cat", str(real.images / INVENTORY))
     readers = [await asyncio.create_subprocess_exec(*command, stdout=PIPE)] if early else []
-    await asyncio.sleep(0.1 if early else 0)
+    assert not hold.reached_by([])
+    while early and not hold.reached_by([reader.pid for reader in readers]):  # noqa: ASYNC110 - nothing else tells
+        await asyncio.sleep(0.01)
     if complete:
         hold.complete()
     hold.release()

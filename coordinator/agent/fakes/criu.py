@@ -92,6 +92,7 @@ class FakeCriuRun:
     async def restore(self, hold: FakeImageHold) -> int:
         """A restore, with its exit status."""
         machine = self.machine
+        hold.readers.add(self.pid)
         if not await hold.opened or machine.files is None or _MAP not in machine.files or machine.copy != "absent":
             return 1
         machine.memory, machine.missing = memory_of(machine.files)
@@ -199,6 +200,15 @@ class FakeRestore(_Handle):
     def __init__(self, life: Life, run: FakeCriuRun, exit_status: asyncio.Task[int], hold: ImageHold) -> None:
         super().__init__(life, run, exit_status, RestoreFailed("CRIU fails"))
         self._hold = hold
+
+    async def loaded(self) -> None:
+        """See ``Restore``."""
+        await self.life.verb("criu loads", self.failure)
+        while not self._hold.reached_by([self.run.pid]) and not self.exit.done():  # noqa: ASYNC110 - as the real one
+            await asyncio.sleep(_POLL_S)
+        if self.exit.done():
+            raise self.failure
+        await self.life.checkpoint()
 
     def begin(self) -> None:
         """See ``Restore``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from coordinator.agent.fakes.world import Life, Machine
@@ -12,11 +12,16 @@ from coordinator.errors import CommandFailed, NotEnoughSpace, ProtocolError
 
 
 class FakeImageHold:
-    """An ``ImageHold`` in memory. A restore waits for ``opened``: whether it may read."""
+    """An ``ImageHold`` in memory. A restore, one of the ``readers``, waits for ``opened``: whether it may read."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self.opened: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.readers: set[int] = set()
+
+    def reached_by(self, pids: Iterable[int]) -> bool:
+        """See ``ImageHold``."""
+        return not self.readers.isdisjoint(pids)
 
     def complete(self) -> None:
         """See ``ImageHold``."""

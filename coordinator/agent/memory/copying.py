@@ -163,6 +163,14 @@ class MemorySource:
         if self.mode == "pre-copy":
             self.hidden = self._hide(root_pid, pending.values())
 
+    async def catch_up(self, link: Channel) -> None:
+        """One more round, when all is ready for the freeze: that is left with what is written after it."""
+        if self._trackers is not None:
+            began = self._clock()
+            pending = await self._collect()
+            sent = await self._send_round(pending, self._dirty_bytes(pending), link)
+            self._record_round(sent, (self._clock() - began) * 1000)
+
     def _convergence(self) -> ConvergencePolicy:
         policy = self._policy
         return ConvergencePolicy(

@@ -6,18 +6,10 @@ import os
 import threading
 from pathlib import Path
 
-import pytest
-
-from coordinator.agent import group_moves
 from coordinator.agent.control_group import group_of_process
 from coordinator.agent.group_moves import GroupMoves
 
 PATIENCE_S = 10.0
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_moves, "_AFTER_S", 0.0)
 
 
 def movers() -> list[threading.Thread]:
