@@ -17,15 +17,8 @@ from coordinator.agent.images import ImageHold
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.agent.tasks import process_tree
+from coordinator.agent.terminals import mend
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
-
-#: What to do about what CRIU says. (criu/tty.c, tty_set_prgp)
-_HINTS = {
-    "tty: Failed to set group": (
-        "In the moment of the freeze a terminal's job had just ended, and its shell had not taken the terminal back: "
-        "move again."
-    ),
-}
 
 #: How long, and in which steps, it is waited until CRIU is loaded.
 _LOAD_LOOKS, _LOAD_LOOK_S = 200, 0.005
@@ -140,9 +133,7 @@ class CriuRun:
         return await asyncio.shield(self._exit)
 
     def _failure(self) -> LivemoveError:
-        explanation = self._explanation()
-        hint = next((hint for said, hint in _HINTS.items() if said in explanation), None)
-        return self._error(describe_failure(self._running.command, self._exit.result(), explanation), hint)
+        return self._error(describe_failure(self._running.command, self._exit.result(), self._explanation()))
 
     def _explanation(self) -> str:
         """CRIU's own first error, or what the runtime said."""
@@ -157,8 +148,11 @@ class CriuRun:
 class CriuDump(CriuRun):
     """A real dump (see ``Dump``)."""
 
-    def __init__(self, running: Running, hook: Hook, work: Path, root_pid: int, over: CriuFilter) -> None:
+    def __init__(
+        self, running: Running, hook: Hook, work: Path, *, images: Path, root_pid: int, over: CriuFilter
+    ) -> None:
         super().__init__(running, hook, work, DumpFailed)
+        self._images = images
         self._root_pid = root_pid
         self._filter = over
         self._dumping = contextlib.ExitStack()
@@ -182,6 +176,7 @@ class CriuDump(CriuRun):
         """See ``Dump``."""
         with self._dumping:
             root_pid = await self._stands_at(POST_DUMP)
+        mend(self._images)
         self._hook.doom(process_tree(root_pid))
 
     async def end(self) -> None:
@@ -267,7 +262,8 @@ class HeldCriu:
         """See ``Checkpointer``."""
         hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
         running = await self._start(command, hook, started)
-        return CriuDump(running, hook, self._work, root_pid, CriuFilter(root_pid, hidden, self._images, at_freeze))
+        over = CriuFilter(root_pid, hidden, self._images, at_freeze)
+        return CriuDump(running, hook, self._work, images=self._images, root_pid=root_pid, over=over)
 
     async def restore(
         self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool

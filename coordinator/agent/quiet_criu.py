@@ -24,13 +24,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from coordinator.agent.other_processes import copy_descriptor
+from coordinator.agent.protobuf import BYTES, NUMBER, as_varint, fields
 
 #: images/rpc.proto: of criu_req the ``type`` with a dump or a restore, the ``opts``; of these ``log_level``, 2 for
 #: warnings, which is CRIU's own default. Of what is sent twice the last one counts (Protocol Buffers, encoding).
 _TYPE, _DUMP_OR_RESTORE, _OPTIONS = 1, (1, 2), 2
 _FEWER_LINES = b"\x48\x02"
-#: Wire types: a number, so many bytes. A request has no others in it.
-_NUMBER, _BYTES = 0, 2
 #: Requests have some hundred bytes, more with many mounts.
 _MOST_BYTES = 128 * 1024
 
@@ -41,37 +40,15 @@ def quieter(request: bytes) -> bytes | None:
     """The request with less to log (pure); ``None`` for one that is neither to dump nor to restore.
 
     Raises ``ValueError`` or ``IndexError`` for one that cannot be read."""
-    at, wanted, instead = 0, False, None
-    while at < len(request):
-        begin = at
-        tag, at = _varint(request, at)
-        value, at = _varint(request, at)
-        if tag == _TYPE << 3 | _NUMBER:
-            wanted = value in _DUMP_OR_RESTORE
-        elif tag == _OPTIONS << 3 | _BYTES:
-            options = request[at : at + value] + _FEWER_LINES
-            head = request[:begin] + bytes((tag,)) + _as_varint(len(options))
-            instead = head + options + request[at + value :]
-        elif tag & 7 not in (_NUMBER, _BYTES):
-            raise ValueError(f"a field of type {tag & 7} in a request to CRIU")
-        at += value if tag & 7 == _BYTES else 0
+    wanted, instead = False, None
+    for each in fields(request):
+        if (each.number, each.kind) == (_TYPE, NUMBER):
+            wanted = each.value in _DUMP_OR_RESTORE
+        elif (each.number, each.kind) == (_OPTIONS, BYTES):
+            options = request[each.content : each.end] + _FEWER_LINES
+            head = request[: each.begin] + as_varint(_OPTIONS << 3 | BYTES) + as_varint(len(options))
+            instead = head + options + request[each.end :]
     return instead if wanted else None
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at an offset, and the offset behind it."""
-    value = shift = 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        shift += 7
-        at += 1
-        if data[at - 1] < 0x80:
-            return value, at
-
-
-def _as_varint(value: int) -> bytes:
-    digits = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
-    return bytes((*(each | 0x80 for each in digits[:-1]), digits[-1]))
 
 
 def ask_for_less(ours: socket.socket) -> bool:

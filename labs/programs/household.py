@@ -1,8 +1,9 @@
 """The pattern service as the first process of a container in which much else goes on, of which it takes stock.
 
 Threads; a child that is spoken to over pipes; a child in a session of its own on a terminal that the first process
-holds; a grandchild; files in a tmpfs and on a bind mount, one of them deleted; a lock. Each counts, and `stock` says
-whether all still count from where they were. `python3 -m labs.programs.household` takes the arguments of
+holds, and one whose terminal still belongs to a job that has ended; a grandchild; files in a tmpfs and on a bind mount,
+one of them deleted; a lock. Each counts, and `stock` says whether all still count from where they were.
+`python3 -m labs.programs.household` takes the arguments of
 `pattern_server`; stock is taken whenever the file `ask` on the bind mount appears, and put beside it.
 """
 
@@ -13,8 +14,10 @@ import json
 import os
 import pty
 import resource
+import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -28,6 +31,48 @@ THREADS = 4
 COUNT = "import sys\nfor n, line in enumerate(sys.stdin): print(n, flush=True)"
 
 
+class Lingering:
+    """A shell that takes its terminal back from a job that has ended only when it is spoken to: until then the terminal
+    belongs to a group that has no processes any more."""
+
+    def __init__(self) -> None:
+        (asked, self._ask), (told, telling) = os.pipe(), os.pipe()
+        child, self._master = pty.fork()
+        if child == 0:
+            self._shell(asked, telling)
+        os.close(asked)
+        os.close(telling)
+        self._told = os.fdopen(told, "rb")
+        self._told.readline()
+
+    def say(self, line: bytes) -> bytes:
+        """Have it read a line from its terminal, and repeat it; it then has another job that has ended."""
+        os.write(self._master, line)
+        os.write(self._ask, b"?")
+        said = self._told.readline()
+        self._told.readline()
+        return said
+
+    @staticmethod
+    def _shell(asked: int, telling: int) -> None:
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        attributes = termios.tcgetattr(0)
+        attributes[3] &= ~termios.ECHO
+        termios.tcsetattr(0, termios.TCSANOW, attributes)
+        while True:
+            job = os.fork()
+            if job == 0:
+                signal.pause()
+            os.setpgid(job, job)
+            os.tcsetpgrp(0, job)
+            os.kill(job, signal.SIGKILL)
+            os.waitpid(job, 0)
+            os.write(telling, b"between two jobs\n")
+            os.read(asked, 1)
+            os.tcsetpgrp(0, os.getpgrp())
+            os.write(telling, os.read(0, 100))
+
+
 class Household:
     """Everything, with how far each has counted."""
 
@@ -39,6 +84,7 @@ class Household:
         child, self._master = pty.fork()
         if child == 0:
             os.execv("/bin/sh", ["sh", "-c", "stty -echo; n=0; while read line; do echo $n; n=$((n+1)); done"])
+        self._lingering = Lingering()
         self._grandchild = subprocess.Popen(["sh", "-c", "sleep 100000 & wait"])
         self._deleted = (SCRATCH / "deleted").open("w+b")
         (SCRATCH / "deleted").unlink()
@@ -70,6 +116,7 @@ class Household:
             "threads": sum(now > then for now, then in zip(self._ticks, before, strict=True)),
             "piped": int(self._piped.stdout.readline()) + 1,
             "terminal": int(os.read(self._master, 100).decode().splitlines()[-1]) + 1,
+            "lingering": int(self._lingering.say(b"%d\n" % self._asked)),
             "deleted": os.fstat(self._deleted.fileno()).st_size,
             "kept": (SCRATCH / "kept").stat().st_size,
             "children": sum(child.poll() is None for child in (self._piped, self._grandchild)),

@@ -22,7 +22,7 @@ PACKAGES = "runtimes"
 ADDRESSES = {"runc": "192.0.2.236/24", "crun": "192.0.2.237/24", "podman": "192.0.2.238/24"}
 Runtime = Literal["runc", "crun", "podman"]
 #: What stock of the household is when it is taken for the first time, and what of it counts the times.
-COUNTING = ("asked", "piped", "terminal", "deleted", "kept")
+COUNTING = ("asked", "piped", "terminal", "lingering", "deleted", "kept")
 EVERYTHING = dict.fromkeys(COUNTING, 1) | {
     "threads": 4,
     "children": 2,

@@ -1,25 +1,25 @@
 """Which pages CRIU's images leave to whoever fills memory in: the lazy ones.
 
-The format (CRIU, images/pagemap.proto, criu/include/magic.h): two magic numbers, then messages behind a 32-bit length:
-a head with the number of the pages image, and entries sorted by address. All fields are varints, so this needs no
-protobuf library on a host.
+A page map (CRIU, images/pagemap.proto) has a head with the number of the pages image, and entries sorted by address.
+All their fields are numbers.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.agent.criu_images import messages
+from coordinator.agent.protobuf import NUMBER, read_varint
 from coordinator.errors import RestoreFailed
 
-_MAGICS = struct.pack("=II", 0x54564319, 0x56084025)
-_LENGTH = struct.Struct("=I")
-#: Where the messages begin.
-_MESSAGES = len(_MAGICS)
+#: criu/include/magic.h.
+_MAGIC = 0x56084025
 _PAGES_IMAGE = 1
 _ADDRESS, _COMPAT_PAGES, _FLAGS, _PAGES = 1, 2, 4, 5
 LAZY, PRESENT = 1 << 1, 1 << 2
+
+_HINT = "Use --mode stop-copy with this CRIU."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,8 @@ def process_of(name: str) -> int | None:
 def pages_image(head: bytes) -> str | None:
     """The name of the image with the pages of a page map that begins like that; ``None`` for one we do not know."""
     try:
-        end = _MESSAGES + _LENGTH.size + _LENGTH.unpack_from(head, _MESSAGES)[0]
-        return f"pages-{parse(head[:end], '')[0]}.img"
-    except (RestoreFailed, struct.error, KeyError, IndexError):
+        return f"pages-{_fields(next(messages(head, _MAGIC)), '')[_PAGES_IMAGE]}.img"
+    except (RestoreFailed, StopIteration, ValueError, LookupError):
         return None
 
 
@@ -64,21 +63,15 @@ def lazy_pages(images: Path) -> dict[int, list[Entry]]:
 
 def parse(data: bytes, name: str) -> tuple[int, list[Entry]]:
     """The number of the pages image, and the entries; ``name`` is for the error."""
-    if data[:_MESSAGES] != _MAGICS:
-        raise RestoreFailed(f"{name} is no page map of CRIU's", "Use --mode stop-copy with this CRIU.")
-    messages: list[dict[int, int]] = []
-    at = _MESSAGES
-    while at < len(data):
-        (length,) = _LENGTH.unpack_from(data, at)
-        at += _LENGTH.size
-        messages.append(_fields(data[at : at + length], name))
-        at += length
-    if not messages:
+    try:
+        found = [_fields(message, name) for message in messages(data, _MAGIC)]
+    except ValueError as error:
+        raise RestoreFailed(f"{name} is no page map of CRIU's: {error}", _HINT) from error
+    if not found:
         raise RestoreFailed(f"{name} is empty")
     # A message without flags means present; the number of pages has a field of 64 bits from CRIU 4.2 on.
-    return messages[0][_PAGES_IMAGE], [
-        Entry(each[_ADDRESS], each.get(_PAGES) or each[_COMPAT_PAGES], each.get(_FLAGS, PRESENT))
-        for each in messages[1:]
+    return found[0][_PAGES_IMAGE], [
+        Entry(each[_ADDRESS], each.get(_PAGES) or each[_COMPAT_PAGES], each.get(_FLAGS, PRESENT)) for each in found[1:]
     ]
 
 
@@ -86,19 +79,8 @@ def _fields(message: bytes, name: str) -> dict[int, int]:
     fields: dict[int, int] = {}
     at = 0
     while at < len(message):
-        tag, at = _read_varint(message, at)
-        if tag & 7:
-            raise RestoreFailed(f"{name} has a field of wire type {tag & 7}", "Use --mode stop-copy with this CRIU.")
-        fields[tag >> 3], at = _read_varint(message, at)
+        tag, at = read_varint(message, at)
+        if tag & 7 != NUMBER:
+            raise RestoreFailed(f"{name} has a field of wire type {tag & 7}", _HINT)
+        fields[tag >> 3], at = read_varint(message, at)
     return fields
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7

@@ -15,6 +15,7 @@ from coordinator.agent.images import InventoryHold
 from coordinator.agent.process import Command, wait_gone
 from coordinator.errors import CommandFailed, DumpFailed, RestoreFailed
 from coordinator.journal import Journal, Phase
+from tests.unit.agent.test_terminals import terminal, terminals, tree
 
 _SCRIPT = """
 at() { CRTOOLS_SCRIPT_ACTION=$1 "$(sed -n 's/^action-script //p' "$CRIU_CONFIG_FILE")"; }
@@ -175,14 +176,19 @@ async def test_a_lazy_dump_kills_the_frozen_tasks_on_a_commit(criu: HeldCriu, jo
         assert await asyncio.to_thread(task.wait, 20) == -9
 
 
-async def test_what_can_be_done_about_a_failure_is_told(criu: HeldCriu, journal: Journal) -> None:
-    said = "27: Error (criu/tty.c:689): tty: Failed to set group 930 on 3: No such process"
-    dumping = await criu.dump(
-        script(f"echo '{said}'; exit 1"), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False
-    )
-    with pytest.raises(DumpFailed, match="Failed to set group 930") as failed:
-        await dumping.ready()
-    assert failed.value.hint.endswith("move again.")
+async def test_a_terminal_in_nobodys_hands_is_as_it_can_be_restored_when_a_dump_is_complete(
+    criu: HeldCriu, journal: Journal, tmp_path: Path
+) -> None:
+    shell, job = 100, 300
+    for name, image in (("pstree", tree((shell, shell, shell))), ("tty-info", terminals(terminal(shell, job)))):
+        (tmp_path / f"{name}.img").write_bytes(image)
+    text = DUMP.replace("at post-dump", f"cp {tmp_path}/*.img {tmp_path}/images/; at post-dump")
+    dump = await criu.dump(script(text), journal.path, lambda _: None, root_pid=os.getpid(), lazy=False)
+    await dump.ready()
+    dump.freeze()
+    await dump.dumped()
+    assert (tmp_path / "images/tty-info.img").read_bytes() == terminals(terminal(shell, shell))
+    await dump.end()
 
 
 async def test_a_failure_is_told_with_its_first_explaining_line(criu: HeldCriu, journal: Journal) -> None:
