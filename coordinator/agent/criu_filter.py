@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import select
 import socket
@@ -40,12 +39,11 @@ from functools import partial
 from pathlib import Path
 
 from coordinator.agent.epolls import KCMP_EPOLL_TFD, Epolls
-from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.held_open import HeldOpen
 from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.memory.pagemap import PAGEMAP_SCAN
 from coordinator.agent.memory.scan_answer import ScanAnswerer
-from coordinator.agent.memory.syscall_injection import StoppedThread, succeeded, with_stopped_thread
+from coordinator.agent.memory.syscall_injection import StoppedThread, page_inside, succeeded, with_stopped_thread
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.memory.userfault import ioctl_number, take_out
 from coordinator.agent.other_processes import KCMP
@@ -60,14 +58,12 @@ class _Numbers:
     architecture: int
     ioctl: int
     lseek: int
-    mmap: int
-    munmap: int
     seccomp: int
 
 
 _MACHINES = {
-    "x86_64": _Numbers(0xC000003E, 16, 8, 9, 11, 317),
-    "aarch64": _Numbers(0xC00000B7, 29, 62, 222, 215, 277),
+    "x86_64": _Numbers(0xC000003E, 16, 8, 317),
+    "aarch64": _Numbers(0xC00000B7, 29, 62, 277),
 }
 
 #: Opcodes of include/uapi/linux/bpf_common.h, and of struct seccomp_data the offsets of number, architecture and the
@@ -128,22 +124,12 @@ def put_under_filter(pid: int, program: bytes, asked: Callable[[], None] = lambd
 
 
 def _install(thread: StoppedThread, process: int, program: bytes) -> int:
-    """The program has to lie in the process's memory: in a page that is its own for the time of the call."""
-    numbers = _MACHINES[os.uname().machine]
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    page = succeeded(thread, "mmap", thread.call(numbers.mmap, 0, PAGE_BYTES, protection, flags, -1, 0))
-    try:
-        head = _PROGRAM.pack(len(program) // _INSTRUCTION.size, page + _PROGRAM.size)
-        memory = os.open(f"/proc/{thread.tid}/mem", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.pwrite(memory, head + program, page)
-        finally:
-            os.close(memory)
+    """The program has to lie in the process's memory."""
+    with page_inside(thread) as page:
+        page.write(0, _PROGRAM.pack(len(program) // _INSTRUCTION.size, page.address + _PROGRAM.size) + program)
         options = _NEW_LISTENER | _WAIT_KILLABLE_RECV
-        listener = thread.call(numbers.seccomp, _SET_MODE_FILTER, options, page)
+        listener = thread.call(_MACHINES[os.uname().machine].seccomp, _SET_MODE_FILTER, options, page.address)
         return take_out(thread, process, succeeded(thread, "seccomp", listener))
-    finally:
-        thread.call(numbers.munmap, page, PAGE_BYTES)
 
 
 class CriuFilter:

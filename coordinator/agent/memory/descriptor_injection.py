@@ -7,7 +7,6 @@ sockets, of which we take one end, and receives the descriptor through the other
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import socket
@@ -17,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from coordinator.agent.memory import ptrace
-from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import status_field
-from coordinator.agent.memory.syscall_injection import StoppedThread, succeeded, with_stopped_thread
+from coordinator.agent.memory.syscall_injection import StoppedThread, page_inside, succeeded, with_stopped_thread
 from coordinator.agent.other_processes import copy_descriptor
 from coordinator.errors import TrackingFailed
 
@@ -72,17 +70,14 @@ def let_go_by_tracer(pid: int, asked: Callable[[], None]) -> Iterator[None]:
 class _Calls:
     """Numbers of system calls."""
 
-    mmap: int
-    munmap: int
     socketpair: int
     recvmsg: int
     dup3: int
-    close: int
     ptrace: int
     wait4: int
 
 
-_MACHINES = {"x86_64": _Calls(9, 11, 53, 47, 292, 3, 101, 61), "aarch64": _Calls(222, 215, 199, 212, 24, 57, 117, 260)}
+_MACHINES = {"x86_64": _Calls(53, 47, 292, 101, 61), "aarch64": _Calls(199, 212, 24, 117, 260)}
 #: struct msghdr (include/linux/socket.h, user_msghdr), struct iovec, struct cmsghdr with one descriptor; and where they
 #: lie in a page of the target's.
 _MESSAGE, _VECTOR, _CONTROL = struct.Struct("=QIxxxxQQQQixxxx"), struct.Struct("=QQ"), struct.Struct("=QiiiI")
@@ -93,31 +88,26 @@ _PAIR = struct.Struct("=ii")
 def _put_inside(thread: StoppedThread, process: int, number: int, ours: int) -> None:
     """A pair of sockets is made inside; one end is copied out, and the descriptor sent through it (unix(7))."""
     calls = _MACHINES[os.uname().machine]
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
     def call(name: str, *arguments: int) -> int:
         return succeeded(thread, name, thread.call(getattr(calls, name), *arguments))
 
-    page = call("mmap", 0, PAGE_BYTES, protection, flags, -1, 0)
-    memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
     made: list[int] = []
-    try:
-        call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, page + _PAIR_AT)
-        made += _PAIR.unpack(os.pread(memory, _PAIR.size, page + _PAIR_AT))
-        with socket.socket(fileno=copy_descriptor(process, made[0])) as end:
-            socket.send_fds(end, [b"x"], [ours])
-        control_bytes = _CONTROL.size
-        head = _MESSAGE.pack(0, 0, page + _VECTOR_AT, 1, page + _CONTROL_AT, control_bytes, 0)
-        os.pwrite(memory, head, page + _MESSAGE_AT)
-        os.pwrite(memory, _VECTOR.pack(page + _BYTE_AT, 1), page + _VECTOR_AT)
-        call("recvmsg", made[1], page + _MESSAGE_AT, socket.MSG_CMSG_CLOEXEC)
-        _, _, kind, received, _ = _CONTROL.unpack(os.pread(memory, control_bytes, page + _CONTROL_AT))
-        if kind != socket.SCM_RIGHTS:
-            raise TrackingFailed(f"process {thread.pid} received no descriptor")
-        made.append(received)
-        call("dup3", received, number, 0)
-    finally:
-        os.close(memory)
-        for each in made:
-            thread.call(calls.close, each)
-        thread.call(calls.munmap, page, PAGE_BYTES)
+    with page_inside(thread) as page:
+        at = page.address
+        try:
+            call("socketpair", socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0, at + _PAIR_AT)
+            made += _PAIR.unpack(page.read(_PAIR_AT, _PAIR.size))
+            with socket.socket(fileno=copy_descriptor(process, made[0])) as end:
+                socket.send_fds(end, [b"x"], [ours])
+            page.write(_MESSAGE_AT, _MESSAGE.pack(0, 0, at + _VECTOR_AT, 1, at + _CONTROL_AT, _CONTROL.size, 0))
+            page.write(_VECTOR_AT, _VECTOR.pack(at + _BYTE_AT, 1))
+            call("recvmsg", made[1], at + _MESSAGE_AT, socket.MSG_CMSG_CLOEXEC)
+            _, _, kind, received, _ = _CONTROL.unpack(page.read(_CONTROL_AT, _CONTROL.size))
+            if kind != socket.SCM_RIGHTS:
+                raise TrackingFailed(f"process {thread.pid} received no descriptor")
+            made.append(received)
+            call("dup3", received, number, 0)
+        finally:
+            for each in made:
+                thread.call(thread.machine.close, each)

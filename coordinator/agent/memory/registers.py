@@ -50,6 +50,16 @@ class Machine(Protocol):
         """Number of close(2)."""
         ...
 
+    @property
+    def mmap(self) -> int:
+        """Number of mmap(2)."""
+        ...
+
+    @property
+    def munmap(self) -> int:
+        """Number of munmap(2)."""
+        ...
+
     def call(self, registers: bytes, address: int, number: int, arguments: Sequence[int]) -> bytes:
         """Registers with which the instruction at ``address`` makes the call; the others as given."""
         ...
@@ -90,6 +100,8 @@ class X86Machine:
     alignment: int = 1
     userfaultfd: int = 323
     close: int = 3
+    mmap: int = 9
+    munmap: int = 11
 
     # Indices into user_regs_struct, in 64-bit words.
     _R10, _R9, _R8, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP = 7, 8, 9, 10, 12, 13, 14, 15, 16
@@ -155,6 +167,8 @@ class Arm64Machine:
     alignment: int = 4
     userfaultfd: int = 282
     close: int = 57
+    mmap: int = 222
+    munmap: int = 215
 
     _X8, _PC = 8, 32
 

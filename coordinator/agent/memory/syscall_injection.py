@@ -10,7 +10,7 @@ One thread of the target is stopped for some hundred microseconds, its others ru
   blocked as by the thread itself, and are delivered when it goes on: none is lost, none comes twice. A process that is
   stopped (SIGSTOP) stays so: the kernel stops the thread again when we let go of it.
 - *Memory.* Nothing of the process's is written. The instruction that makes the call is one it already has, usually of
-  its vdso; a call that takes a pointer (``criu_filter``) gets a page that is mapped and unmapped again.
+  its vdso; a call that takes a pointer gets a page that is mapped and unmapped again (``page_inside``).
 - *seccomp* is suspended for the calls (PTRACE_O_SUSPEND_SECCOMP).
 - *rseq.* A thread inside a restartable sequence is let out of it first: its kernel-side restart would be skipped while
   it runs our instruction.
@@ -22,6 +22,7 @@ very microseconds of a call can do harm. References: ptrace(2), signal(7), arch/
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import signal
 import struct
@@ -29,11 +30,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from coordinator.agent.memory import ptrace
+from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import TargetGone, Unresponsive
 from coordinator.agent.memory.registers import Machine, this_machine
 from coordinator.errors import TrackingFailed
@@ -60,7 +63,7 @@ class StoppedThread:
     def __init__(self, pid: int, tid: int, machine: Machine, instruction: int) -> None:
         self.pid = pid
         self.tid = tid
-        self._machine = machine
+        self.machine = machine
         self._instruction = instruction
         self._registers = b""
         self._mask = 0
@@ -72,14 +75,14 @@ class StoppedThread:
             self._check_instruction()
             ptrace.set_signal_mask(self.tid, ptrace.ALL_SIGNALS)
         self._altered = True
-        ptrace.set_registers(self.tid, self._machine.call(self._registers, self._instruction, number, arguments))
+        ptrace.set_registers(self.tid, self.machine.call(self._registers, self._instruction, number, arguments))
         self._go_to_call_stop()  # its entry
         self._go_to_call_stop()  # its exit
-        return self._machine.result(ptrace.get_registers(self.tid, self._machine.register_bytes))
+        return self.machine.result(ptrace.get_registers(self.tid, self.machine.register_bytes))
 
     def _check_instruction(self) -> None:
         """The instruction is where it was found, or the process has become another program meanwhile."""
-        expected = self._machine.instruction
+        expected = self.machine.instruction
         if ptrace.read_memory(self.tid, self._instruction, len(expected)) != expected:
             raise TargetGone(f"process {self.pid} has executed another program")
 
@@ -102,8 +105,8 @@ class StoppedThread:
         sequence; ``asked`` is called, perhaps more than once, when it has been asked to stop."""
         for _ in range(_RSEQ_TRIES):
             self._interrupt(asked)
-            self._registers = ptrace.get_registers(self.tid, self._machine.register_bytes)
-            if self._machine.in_call(self._registers) or not self._in_restartable_sequence():
+            self._registers = ptrace.get_registers(self.tid, self.machine.register_bytes)
+            if self.machine.in_call(self._registers) or not self._in_restartable_sequence():
                 break
             ptrace.request(ptrace.CONT, self.tid)
         else:
@@ -134,7 +137,7 @@ class StoppedThread:
             start, length = struct.unpack("=QQ", ptrace.read_memory(self.tid, descriptor + 8, 16))
         except struct.error:  # there is none
             return False
-        inside: int = self._machine.instruction_pointer(self._registers) - start
+        inside: int = self.machine.instruction_pointer(self._registers) - start
         return 0 <= inside < int(length)
 
     def release(self) -> None:
@@ -142,7 +145,7 @@ class StoppedThread:
         if self._altered:
             ptrace.request(ptrace.INTERRUPT, self.tid)
             self._resume_to_event()
-        ptrace.set_registers(self.tid, self._machine.resumable(self._registers))
+        ptrace.set_registers(self.tid, self.machine.resumable(self._registers))
         if self._altered:
             ptrace.set_signal_mask(self.tid, self._mask)
         ptrace.request(ptrace.DETACH, self.tid)
@@ -164,6 +167,40 @@ def succeeded(thread: StoppedThread, name: str, result: int) -> int:
     if result < 0:
         raise TrackingFailed(f"process {thread.pid}: {name} is refused in it ({os.strerror(-result)})")
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class PageInside:
+    """A page of the target's that is ours for a while."""
+
+    address: int
+    memory: int  # its /proc/PID/mem
+
+    def read(self, at: int, size: int) -> bytes:
+        """So many bytes from an offset in the page."""
+        return os.pread(self.memory, size, self.address + at)
+
+    def write(self, at: int, data: bytes) -> None:
+        """Put bytes at an offset in the page."""
+        os.pwrite(self.memory, data, self.address + at)
+
+
+@contextmanager
+def page_inside(thread: StoppedThread) -> Iterator[PageInside]:
+    """A page full of zeroes for what calls take by pointer, unmapped at the end.
+
+    Raises ``TrackingFailed`` or ``OSError``."""
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapped = thread.call(thread.machine.mmap, 0, PAGE_BYTES, protection, flags, -1, 0)
+    address = succeeded(thread, "mmap", mapped)
+    try:
+        memory = os.open(f"/proc/{thread.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield PageInside(address, memory)
+        finally:
+            os.close(memory)
+    finally:
+        thread.call(thread.machine.munmap, address, PAGE_BYTES)
 
 
 def with_stopped_thread(pid: int, work: Callable[[StoppedThread], T], *, asked: Callable[[], None] = lambda: None) -> T:

@@ -14,7 +14,6 @@ from contextlib import suppress
 
 from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
-from coordinator.agent.memory.registers import this_machine
 from coordinator.agent.memory.syscall_injection import StoppedThread, with_stopped_thread
 from coordinator.agent.other_processes import copy_descriptor, kcmp
 from coordinator.errors import TrackingFailed
@@ -88,9 +87,7 @@ def take_userfaultfd(pid: int) -> int:
 
 def _make_inside(thread: StoppedThread, process: int) -> int:
     """Make it, copy it through the pidfd ``process``, and close it in the target."""
-    machine = this_machine()
-    assert machine is not None, "with_stopped_thread has checked"
-    number = thread.call(machine.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | UFFD_USER_MODE_ONLY)
+    number = thread.call(thread.machine.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | UFFD_USER_MODE_ONLY)
     if number < 0:
         raise TrackingFailed(
             f"process {thread.pid}: userfaultfd is refused in it ({os.strerror(-number)})",
@@ -101,12 +98,10 @@ def _make_inside(thread: StoppedThread, process: int) -> int:
 
 def take_out(thread: StoppedThread, process: int, number: int) -> int:
     """Copy a descriptor that the thread has just made through the pidfd ``process``, and close it there."""
-    machine = this_machine()
-    assert machine is not None, "with_stopped_thread has checked"
     try:
         mine = copy_descriptor(process, number)
     except OSError as error:
-        thread.call(machine.close, number)
+        thread.call(thread.machine.close, number)
         raise TrackingFailed(
             f"process {thread.pid}: a descriptor cannot be copied out of it ({error.strerror})"
         ) from error
@@ -114,7 +109,7 @@ def take_out(thread: StoppedThread, process: int, number: int) -> int:
     if not same_file(thread.tid, number, os.getpid(), mine):
         os.close(mine)
         raise TrackingFailed(f"process {thread.pid}: its threads have descriptor tables of their own")
-    thread.call(machine.close, number)
+    thread.call(thread.machine.close, number)
     return mine
 
 
