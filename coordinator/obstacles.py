@@ -13,7 +13,8 @@ OBSTACLES: dict[str, str] = {
     "OWN_NETWORK_NAMESPACE": "The workload has a network namespace of its own that cannot be made again elsewhere.",
     NEEDS_CAP_SYS_RESOURCE: "A process has another uid than root, which CRIU cannot dump here: no CAP_SYS_RESOURCE.",
     "IO_URING": "A process uses io_uring.",
-    "TERMINAL": "A plain process, or the first one of a runc or crun container, has a terminal as standard stream.",
+    "TERMINAL": "A plain process, or the first one of a runc or crun container, has a terminal as standard stream "
+    "that is held by no process of the workload.",
     "SOCKET_MPTCP": "A connection or listener is Multipath TCP, which CRIU cannot dump.",
     "SOCKET_KTLS": "A connection has its TLS in the kernel, which CRIU cannot dump.",
     "SOCKET_PACKET": "The workload has a packet socket.",
@@ -34,5 +35,6 @@ OBSTACLES: dict[str, str] = {
     "DELETED_FILE_LARGE": "A process has a large file open that is deleted, which would have to go into CRIU's images.",
     "VOLUME_NOT_MOUNTED": "The configuration names a volume that the container does not have.",
     "ROOT_STAYS": "The container writes to a root file system that the runtime keeps by itself (podman).",
-    "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream.",
+    "EXTERNAL_PIPE": "A plain process, or the first one of a runc or crun container, has a pipe as standard stream "
+    "of which the workload has one end only.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def obstacles(
         for obstacle in _of_process(pid, missing_capabilities, proc):
             found.setdefault(obstacle.code, obstacle)
     # The streams of a container's other processes are mostly its own. podman's monitor takes its streams along.
+    inside = _pipes_inside(pids, proc)
+    if workload.runtime == "process":  # a container's own terminals have the same names as the host's
+        inside |= _terminals_inside(pids, proc)
     for pid in {"process": pids, "podman": []}.get(workload.runtime, pids[:1]):
-        for obstacle in _streams(pid, proc):
+        for obstacle in _streams(pid, inside, proc):
             found.setdefault(obstacle.code, obstacle)
     if pids and _namespace("self", proc) != _namespace(str(pids[0]), proc):
         found["USER_NAMESPACE"] = Obstacle(
@@ -111,10 +115,33 @@ def _of_process(pid: int, missing_capabilities: tuple[str, ...], proc: Path) -> 
     return found
 
 
-def _streams(pid: int, proc: Path) -> list[Obstacle]:
+def _pipes_inside(pids: list[int], proc: Path) -> set[str]:
+    """The pipes of which the workload has both ends: they move with it."""
+    ends: dict[str, set[str]] = {}
+    for pid in pids:
+        for descriptor, target in _descriptors(pid, proc):
+            if target.startswith("pipe:"):
+                mode = int(_fdinfo(pid, descriptor, "flags", proc) or "0", 8) & os.O_ACCMODE
+                ends.setdefault(target, set()).update({os.O_RDONLY: "r", os.O_WRONLY: "w"}.get(mode, "rw"))
+    return {pipe for pipe, held in ends.items() if held == {"r", "w"}}
+
+
+def _terminals_inside(pids: list[int], proc: Path) -> set[str]:
+    """The terminals of which the workload has the master, and the masters: they move with it."""
+    found = set()
+    for pid in pids:
+        for descriptor, target in _descriptors(pid, proc):
+            if target.endswith("/ptmx"):
+                found |= {target, f"/dev/pts/{_fdinfo(pid, descriptor, 'tty-index', proc)}"}
+    return found
+
+
+def _streams(pid: int, inside: set[str], proc: Path) -> list[Obstacle]:
     """Standard streams that lead to something outside the workload."""
     found = []
     for descriptor, target in _descriptors(pid, proc):
+        if target in inside:
+            continue
         if descriptor in (0, 1, 2) and target.startswith(("/dev/pts/", "/dev/console")):
             found.append(
                 Obstacle(
@@ -161,10 +188,19 @@ def _is_outside(pid: int, descriptor: int, mounts: frozenset[str], proc: Path) -
         file = proc / str(pid) / "fd" / str(descriptor)
         if not mounts or not file.is_file() or str(file.readlink()).startswith("/memfd:"):
             return False
-        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
     except OSError:
         return False  # it ended, or closed the descriptor, while we looked
-    return any(line.split()[1] not in mounts for line in lines if line.startswith("mnt_id:"))
+    mount = _fdinfo(pid, descriptor, "mnt_id", proc)
+    return bool(mount) and mount not in mounts
+
+
+def _fdinfo(pid: int, descriptor: int, name: str, proc: Path) -> str:
+    """What proc(5) tells of an open file under a name; empty if nothing, or if it is closed by now."""
+    try:
+        lines = (proc / str(pid) / "fdinfo" / str(descriptor)).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split()[1] for line in lines if line.startswith(f"{name}:")), "")
 
 
 def _deleted_bytes(pid: int, descriptor: int, target: str, proc: Path) -> int:

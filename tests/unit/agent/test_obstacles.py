@@ -115,6 +115,37 @@ def test_real_processes_with_a_log_file_of_ours(tmp_path: Path) -> None:
             assert codes(Path("/proc"), pid) == []
 
 
+PLAIN = WorkloadSpec(name="plain", runtime="process", pid_file="/run/plain.pid", addresses=("192.0.2.200/24",))
+
+
+def of_tree(*pids: int) -> list[str]:
+    return [each.code for each in obstacles(PLAIN, list(pids), ())]
+
+
+def test_a_pipe_between_two_processes_of_the_workload_moves_with_them() -> None:
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
+        assert reader.stdin is not None
+        with running("sleep", "60", stdout=reader.stdin.fileno()) as writer:
+            reader.stdin.close()
+            assert of_tree(reader.pid, writer) == []
+            assert of_tree(reader.pid) == of_tree(writer) == ["EXTERNAL_PIPE"]
+        reader.kill()
+
+
+def test_a_terminal_whose_master_the_workload_holds_moves_with_it() -> None:
+    master, terminal = os.openpty()
+    try:
+        with running("sleep", "60", stdout=terminal) as outside:
+            assert of_tree(outside) == ["TERMINAL"]
+            with running("sleep", "60", stdout=master) as holder:  # of all that a process may have it as
+                assert of_tree(outside, holder) == []
+                in_a_container = obstacles(WORKLOAD, [outside, holder], ())  # may be another one of the same name
+                assert [each.code for each in in_a_container] == ["TERMINAL"]
+    finally:
+        os.close(terminal)
+        os.close(master)
+
+
 def test_a_real_segment() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.shmat.restype = ctypes.c_void_p
