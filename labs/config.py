@@ -85,9 +85,15 @@ def add_workload(path: Path, workload: Workload) -> None:
     section = workload.section()
     known = tomllib.loads(text).get("workloads", {})
     if workload.name not in known:
-        path.write_text(f"{text}\n{section}")
+        path.write_text(f"{text.rstrip()}\n\n{section}")
     elif known[workload.name] != tomllib.loads(section)["workloads"][workload.name]:
         raise LabError(f"{path}: workload {workload.name!r} is there already and says something else; rename one")
+
+
+def remove_workload(path: Path, name: str) -> None:
+    """Take a workload out of a lab's configuration, if it is there."""
+    sections = path.read_text().split("\n\n")
+    path.write_text("\n\n".join(each for each in sections if f"[workloads.{name}]" not in each.splitlines()[:1]))
 
 
 def _section(title: str, fields: dict[str, Value | None]) -> str:

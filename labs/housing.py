@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from labs import boot, oci, workloads
+from labs import boot, oci, podman, workloads
 from labs.catalogue.base import Service
 from labs.clients.control import ClientProcess
 from labs.commands import LabError
@@ -17,40 +18,76 @@ from labs.machines import Host
 from labs.topology import HOSTS, PREFIX
 from labs.workloads import Workload
 
-Runtime = Literal["runc"]
+Runtime = Literal["runc", "crun", "podman", "process"]
 SERVICES = f"/{boot.SHARED}"
 ANSWER_TIMEOUT_S = 120.0
 
 # What a service says goes into a file of its own mounts: a stream of the host's could not be restored elsewhere.
 SAY_IN_FILE = ["sh", "-c", 'exec "$@" >>"$0" 2>&1']
 
+#: Starts a plain process in a session of its own, which is what CRIU dumps, with nothing of who starts it.
+IN_BACKGROUND = ["setsid", "--fork", "sh", "-c", 'cd / && echo $$ >"$0" && exec "$@" </dev/null >/dev/null 2>&1']
+
 
 def house(lab: Lab, service: Service, runtime: Runtime = "runc") -> Workload:
     """Make the service ready to be started on any host, with a new directory, and known to livemove."""
+    name = service.name
     workload = Workload(
-        name=service.name,
+        name=name,
         runtime=runtime,
         addresses=(f"{service.address}/{PREFIX}",),
-        container=service.name,
-        bundle=f"/srv/{service.name}",
+        container=name if runtime != "process" else None,
+        bundle=f"/srv/{name}" if runtime in ("runc", "crun") else None,
+        pid_file=f"/run/{name}.pid" if runtime == "process" else None,
         port=service.port,
     )
-    lab.add_workload(workload)
-    workloads.stop(lab, workload)  # left there by a run that was kept
+    _make_known(lab, workload)
     uid, gid = _make_directory(lab.host(HOSTS[0].name), service)
+    command = [*SAY_IN_FILE, output(service), *(_filled(word, service) for word in service.command)]
+    environment = {name: _filled(value, service) for name, value in service.environment.items()}
+    if runtime == "process":
+        variables = [
+            f"{name}={value}" for name, value in {"PATH": oci.PATH, **environment, **service.as_process}.items()
+        ]
+        launch = [*IN_BACKGROUND, f"/run/{name}.pid", "env", "-i", *variables, *_user(uid, gid), *command]
+        return replace(workload, launch=tuple(launch))
     for station in HOSTS:
+        host = lab.host(station.name)
+        if runtime == "podman":
+            podman.install(host, workload, command, environment, _podman_options(service, uid, gid))
+            continue
         description = oci.config(
-            name=service.name,
+            name=name,
             hostname=service.name,
-            command=[*SAY_IN_FILE, output(service), *(_filled(word, service) for word in service.command)],
-            environment={name: _filled(value, service) for name, value in service.environment.items()},
+            command=command,
+            environment=environment,
             uid=uid,
             gid=gid,
             capabilities=service.capabilities,
             data=directory(service),
         )
-        workloads.put_bundle(lab.host(station.name), workload, description)
+        workloads.put_bundle(host, workload, description)
     return workload
+
+
+def _make_known(lab: Lab, workload: Workload) -> None:
+    """Instead of what a run that was kept has left of it, perhaps under another runtime."""
+    if workload.name in tomllib.loads(lab.config_path.read_text())["workloads"]:
+        workloads.stop(lab, replace(Workload.of_lab(lab, workload.name), port=workload.port))
+        lab.forget_workload(workload.name)
+    lab.add_workload(workload)
+
+
+def _podman_options(service: Service, uid: int, gid: int) -> list[str]:
+    """What `oci.config` says of the container. podman's own seccomp profile refuses io_uring, and its /dev/shm is a
+    mount of the host's, which does not move."""
+    options = [
+        f"--user={uid}:{gid}",
+        "--security-opt=no-new-privileges",
+        f"--volume={directory(service)}:{directory(service)}",
+    ]
+    options += ["--cap-drop=all", *(f"--cap-add={each}" for each in service.capabilities)]
+    return [*options, "--mount=type=tmpfs,destination=/dev/shm"]
 
 
 def directory(service: Service) -> str:
@@ -73,9 +110,8 @@ def start(lab: Lab, service: Service, workload: Workload, host: str) -> None:
 
 
 def memory_mb(host: Host, workload: Workload) -> float:
-    """What the container's processes use in memory, shared pages counted once (PSS, proc(5))."""
-    assert workload.container
-    pids = json.loads(host.run([workload.runtime, "ps", "--format", "json", workload.container]).stdout)
+    """What the service's processes use in memory, shared pages counted once (PSS, proc(5))."""
+    pids = workloads.processes(host, workload)
     rollups = host.run(["cat", *(f"/proc/{pid}/smaps_rollup" for pid in pids)], check=False).stdout
     return round(sum(map(int, re.findall(r"^Pss: +(\d+) kB", rollups, re.MULTILINE))) / 1024, 1)
 
@@ -112,7 +148,11 @@ def _make_directory(host: Host, service: Service) -> tuple[int, int]:
 
 
 def _as_user(host: Host, uid: int, gid: int, argv: Sequence[str]) -> None:
-    host.run(["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", *argv])
+    host.run([*_user(uid, gid), *argv])
+
+
+def _user(uid: int, gid: int) -> list[str]:
+    return ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
 
 
 def _filled(text: str, service: Service) -> str:

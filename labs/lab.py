@@ -111,6 +111,10 @@ class Lab:
         """Make a further workload known to livemove."""
         config.add_workload(self.config_path, workload)
 
+    def forget_workload(self, name: str) -> None:
+        """Make a workload, which runs nowhere, unknown to livemove, if it is known."""
+        config.remove_workload(self.config_path, name)
+
     @contextmanager
     def bridges(self) -> Iterator[None]:
         """Every host has a bridge on the segment, for containers with a network of their own."""

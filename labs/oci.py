@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CAPABILITIES = ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
 CAPABILITY_SETS = ("bounding", "effective", "permitted")
 
@@ -44,7 +45,7 @@ def config(
     """
     # Else no network namespace: the service's address is one of the host's, as livemove moves it.
     network = [{"type": "network", "path": f"/run/netns/{netns}"}] if netns else []
-    variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}
+    variables = {"PATH": PATH, **environment}
     return {
         "ociVersion": "1.2.0",
         "hostname": hostname,

@@ -33,12 +33,14 @@ PACKAGES = (
     "tini",
     "util-linux",
 )
+RUNTIMES = ("crun", "libcriu2", "podman")
 EXTRAS: dict[str, tuple[str, ...]] = {
     "base": (),
     "nexuiz": ("nexuiz-server",),
     "nexuiz-client": ("nexuiz", "xvfb"),
-    "runtimes": ("crun", "libcriu2", "podman"),
+    "runtimes": RUNTIMES,
     "services": (
+        *RUNTIMES,
         "memcached",
         "mosquitto",
         "nginx",

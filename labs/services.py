@@ -48,12 +48,15 @@ class Outcome:
     longest_gap_ms: float = 0.0
     lost: int = 0
     wrong: int = 0
+    refused: str = ""
+    """The code with which livemove refuses to move it, as the catalogue says it does under this runtime."""
+
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        problems = values.pop("problems")
-        return values | ({"problems": problems} if problems else {})
+        sometimes = {name: values.pop(name) for name in ("refused", "problems")}
+        return values | {name: value for name, value in sometimes.items() if value}
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,19 @@ class Tour:
             for hop in range(self.hops):
                 to = ROUTE[(hop + 1) % len(ROUTE)]
                 with self.steps.step(f"{service.name}: move {hop + 1} of {self.hops}, to {to}, under load"):
-                    self._hop(workload, clients, to, outcome)
+                    self._hop(service, workload, clients, to, outcome)
                 if outcome.problems:
                     return
+                if outcome.refused:
+                    break
             with self.steps.step(f"{service.name}: the clients look at everything once more"):
                 seen = clients.stop()
             outcome.lost, outcome.wrong = seen["lost"], seen["wrong"]
             outcome.problems += [f"at the end: {trouble}" for trouble in seen["troubles"]]
 
-    def _hop(self, workload: workloads.Workload, clients: ServiceClients, to: str, outcome: Outcome) -> None:
+    def _hop(
+        self, service: Service, workload: workloads.Workload, clients: ServiceClients, to: str, outcome: Outcome
+    ) -> None:
         clients.begin_hop()
         moved = migrate(self.lab, workload.name, to, self.steps.note)
         time.sleep(SETTLE_S)
@@ -97,7 +104,12 @@ class Tour:
         outcome.wrong += seen["wrong"]
         outcome.longest_gap_ms = max(outcome.longest_gap_ms, seen["longest_gap_ms"])
         outcome.problems += [f"move to {to}: {trouble}" for trouble in seen["troubles"]]
-        if moved.get("outcome") != "moved" or moved.get("exit_code") != 0:
+        due = service.refused.get(outcome.runtime)
+        if due and (moved.get("outcome"), (moved.get("error") or {}).get("code")) == ("refused", due):
+            outcome.refused = due
+        elif due:
+            outcome.problems.append(f"move to {to}: {due} was due: {moved.get('outcome')}: {moved.get('error')}")
+        elif moved.get("outcome") != "moved" or moved.get("exit_code") != 0:
             outcome.problems.append(f"move to {to}: {moved.get('outcome')}: {moved.get('error')}")
         elif (found := workloads.where(self.lab, workload)) != [to]:
             outcome.problems.append(f"move to {to}: it listens on {' and '.join(found) or 'no host'}")
@@ -122,7 +134,7 @@ def table(outcomes: list[Outcome]) -> Table:
             *(f"{value:.0f}" for value in numbers),
             str(each.lost),
             str(each.wrong),
-            each.needed,
+            f"not moved: {each.refused}" if each.refused else each.needed,
         )
     return rows
 

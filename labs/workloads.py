@@ -77,6 +77,8 @@ class Workload(config.Workload):
     dirty_mb_s: float = 0.0
     program: str = "pattern_server"
     port: int = PORT
+    #: As a plain process: what starts it in the background and writes its pid file, if `program` does not do that.
+    launch: tuple[str, ...] = ()
 
     @classmethod
     def of_lab(cls, lab: Lab, name: str, *, memory_mb: int = 0, dirty_mb_s: float = 0.0) -> Workload:
@@ -200,6 +202,15 @@ def listening_pids(machine: Host, workload: Workload) -> list[str]:
     return sorted({pid for line in sockets if local & set(line.split()) for pid in re.findall(r"pid=(\d+)", line)})
 
 
+def processes(machine: Host, workload: Workload) -> list[str]:
+    """Those that listen, and all that they have started, as the host counts."""
+    found = listening_pids(machine, workload)
+    pairs = [line.split() for line in machine.run(["ps", "-e", "-o", "ppid=,pid="]).stdout.splitlines()]
+    for each in found:  # it grows meanwhile
+        found += [pid for parent, pid in pairs if parent == each and pid not in found]
+    return found
+
+
 def wrong_pages(lab: Lab, workload: Workload) -> str:
     """What a service with memory to check (``programs.memory_regions``) tells of the pages it found to be wrong."""
     machine = lab.host(where(lab, workload)[0])
@@ -274,6 +285,9 @@ def _run_container(machine: Host, workload: Workload) -> None:
 
 def _run_process(machine: Host, workload: Workload) -> None:
     assert workload.pid_file
+    if workload.launch:
+        machine.run(workload.launch)
+        return
     daemon = [*workload.command, "--daemon", "--pid-file", workload.pid_file]
     machine.run(["env", f"PYTHONPATH={CODE}", *daemon])
 
@@ -304,7 +318,7 @@ def _end(machine: Host, workload: Workload) -> None:
         forget += f"; {workload.runtime} delete --force {workload.container}"
     _shell(machine, forget, check=False)
     deadline = time.monotonic() + END_TIMEOUT_S
-    while pids := listening_pids(machine, workload):
+    while pids := processes(machine, workload):
         if time.monotonic() > deadline:
             raise LabError(f"{machine.name}: {workload.name} does not end: process {', '.join(pids)}")
         machine.run(["kill", "-KILL", *pids], check=False)

@@ -32,3 +32,8 @@ class Service:
     user: str = "root"
     capabilities: tuple[str, ...] = tuple(oci.CAPABILITIES)
     environment: Mapping[str, str] = field(default_factory=dict)
+    as_process: Mapping[str, str] = field(default_factory=dict)
+    """The environment's further variables where it is a plain process, whose /tmp is the host's."""
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """By runtime under which it cannot be moved: the code with which livemove refuses to."""

@@ -14,5 +14,7 @@ SERVICE = Service(
     command=("java", "-Xmx64m", "-cp", "@DATA@", "Server", "@ADDRESS@", "@PORT@"),
     files={"Server.java": Path(__file__).with_name("Server.java").read_text()},
     setup=("java -m jdk.compiler/com.sun.tools.javac.Main -d . Server.java",),
+    # Else it has a file mapped in /tmp/hsperfdata_USER.
+    as_process={"JAVA_TOOL_OPTIONS": "-XX:+PerfDisableSharedMem"},
     needed="nothing",
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from labs.catalogue.base import Service
 
+SOCKET = "/run/websocket.socket"
+
 SERVICE = Service(
     name="nginx",
     address="192.0.2.212",
@@ -13,7 +15,9 @@ SERVICE = Service(
     command=(
         "sh",
         "-c",
-        "python3 @DATA@/websocket_server.py /run/websocket.socket & exec nginx -c @DATA@/nginx.conf -e stderr",
+        # Who finds nginx listening finds all of it.
+        f"rm -f {SOCKET}; python3 @DATA@/websocket_server.py {SOCKET} & until [ -S {SOCKET} ]; do sleep 0.02; done;"
+        " exec nginx -c @DATA@/nginx.conf -e stderr",
     ),
     capabilities=("CAP_NET_BIND_SERVICE", "CAP_SETUID", "CAP_SETGID", "CAP_CHOWN", "CAP_DAC_OVERRIDE"),
     files={

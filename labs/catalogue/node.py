@@ -13,5 +13,6 @@ SERVICE = Service(
     user="www-data",
     command=("node", "@DATA@/server.js", "@ADDRESS@", "@PORT@", "@DATA@/lines"),
     files={"server.js": Path(__file__).with_name("server.js").read_text()},
+    refused={"process": "IO_URING"},
     needed="io_uring refused (ENOSYS) by the seccomp profile",
 )

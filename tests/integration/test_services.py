@@ -26,13 +26,16 @@ def services_lab(packaged_lab: Lab) -> Lab:
     return packaged_lab
 
 
-@pytest.mark.parametrize("name", ["redis", "nginx", "postgresql"])
-def test_a_service_moves_there_and_back(services_lab: Lab, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "runtime", "hops"),
+    [("redis", "runc", 2), ("nginx", "runc", 2), ("postgresql", "runc", 2), ("redis", "podman", 1)],
+)
+def test_a_service_moves_there_and_back(services_lab: Lab, name: str, runtime: housing.Runtime, hops: int) -> None:
     said = StringIO()
-    outcome = Outcome(name, "runc", SERVICES[name].needed)
-    Tour(services_lab, hops=2, keep=False, steps=Steps(Console(file=said))).take(SERVICES[name], outcome)
+    outcome = Outcome(name, runtime, SERVICES[name].needed)
+    Tour(services_lab, hops=hops, keep=False, steps=Steps(Console(file=said))).take(SERVICES[name], outcome)
     assert outcome.problems == [], said.getvalue()
-    assert (outcome.hops, outcome.lost, outcome.wrong) == (2, 0, 0)
+    assert (outcome.hops, outcome.lost, outcome.wrong) == (hops, 0, 0)
     assert outcome.connections >= 10
     assert outcome.freeze_ms > 0 and outcome.longest_gap_ms > 0 and outcome.memory_mb > 0
     told = json.loads(json.dumps(outcome.to_json()))
