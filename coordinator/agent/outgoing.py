@@ -6,6 +6,7 @@ Most are sent when the dump is complete. What CRIU is known to have finished wit
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,10 @@ _SMALL_BYTES = 64 * 1024
 #: There is one for each connection. CRIU opens, writes and closes them one after the other (criu/sk-tcp.c,
 #: dump_tcp_conn_state), so that all but the last are complete. If one were not, the restore would fail.
 _OF_CONNECTION = "tcp-stream-"
-#: How often to look for them, how many are worth a message, and how many are read before anything else gets its turn.
-_LOOK_S, _WORTH, _AT_ONCE = 0.02, 200, 400
+#: How many are worth a message, and how many are read before anything else gets its turn.
+_WORTH, _AT_ONCE = 200, 400
+#: How often to look for what there is, but not more often than that part of the time is needed for.
+_LOOK_S, _LOOK_SHARE = 0.005, 4
 
 #: The same is true of tasks, each with the map of its pages and the pages (criu/cr-dump.c, cr_dump_tasks). These come
 #: when the last task is complete, that of a container or of a plain process tree.
@@ -116,16 +119,26 @@ class _Sending:
 
 
 async def send_finished(
-    link: Channel, images: ImageSpace, dumped: asyncio.Future[None], progress: Progress
+    link: Channel,
+    images: ImageSpace,
+    dumped: asyncio.Future[None],
+    progress: Progress,
+    tasks_dumped: Callable[[], None],
 ) -> SentImages:
     """While CRIU dumps, send what it has finished with: the pages of tasks, and the small images of connections, if
-    there are many.
+    there are many. Calls ``tasks_dumped`` when it has finished with all tasks, if it is seen before the dump is over.
 
     Returns when ``dumped`` is done, whatever its outcome, and what was begun is sent, unless it has failed."""
     sending = _Sending(link, images, progress, wanted=lambda: not _has_failed(dumped))
     tasks, connections = InTurn(), InTurn()
-    while not (await asyncio.wait((dumped,), timeout=_LOOK_S))[0]:
+    tasks_ended, looked_s = False, 0.0
+    while not (await asyncio.wait((dumped,), timeout=max(_LOOK_S, _LOOK_SHARE * looked_s)))[0]:
+        began = time.monotonic()
         names = images.names()
+        looked_s = time.monotonic() - began
+        if not tasks_ended and any(each.startswith(_AFTER_TASKS) for each in names):
+            tasks_ended = True
+            tasks_dumped()
         finished = connections.finished({name for name in names if name.startswith(_OF_CONNECTION)})
         if len(finished) >= _WORTH:
             read = sorted(finished)[:_AT_ONCE]
@@ -133,7 +146,7 @@ async def send_finished(
             contents = {name: images.read(name, 0, _SMALL_BYTES) for name in read}
             await sending.together({name: each for name, each in contents.items() if len(each) < _SMALL_BYTES})
         maps = {name for name in names if process_of(name) is not None}
-        for name in sorted(tasks.finished(maps, ended=any(each.startswith(_AFTER_TASKS) for each in names))):
+        for name in sorted(tasks.finished(maps, ended=tasks_ended)):
             if dumped.done():
                 break
             tasks.take((name,))

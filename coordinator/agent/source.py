@@ -233,12 +233,15 @@ class SourceHalf(Half):
         """Wait for CRIU's dump, and send meanwhile what it has finished with."""
         dumped = asyncio.ensure_future(dump.dumped())
         try:
-            self._sent = await send_finished(self._link(), self.images, dumped, self.progress)
+            self._sent = await send_finished(self._link(), self.images, dumped, self.progress, self._begin_last)
             await dumped
         finally:
             if not dumped.done():
                 dumped.cancel()
                 await asyncio.wait((dumped,))
+
+    def _begin_last(self) -> None:
+        self.memory.begin_last(self._root_pid, self._link())
 
     async def _send_images(self) -> None:
         """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""

@@ -25,7 +25,7 @@ from coordinator.agent.memory.hidden_pages import HiddenPages
 from coordinator.agent.process import Command
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
-_PAGES, _MAP, _EMPTY = "pages-1.img", "pagemap-1.img", "fs-1.img"
+_PAGES, _MAP, _TREE, _EMPTY = "pages-1.img", "pagemap-1.img", "pstree.img", "fs-1.img"
 _POLL_S = 0.1
 
 
@@ -81,7 +81,10 @@ class FakeCriuRun:
             for pid, address in machine.memory:
                 hidden.visible(OUTER_PID + pid, address, address + PAGE_BYTES)
         if machine.files is not None:
-            machine.files.update({**images_of(machine.memory, lazy=lazy), INVENTORY: b"inventory", _EMPTY: b""})
+            machine.files.update({**images_of(machine.memory, lazy=lazy), _TREE: b"tree"})
+            await asyncio.sleep(_POLL_S)
+        if machine.files is not None:
+            machine.files.update({INVENTORY: b"inventory", _EMPTY: b""})
             await self._stand(POST_DUMP)
             if decision(self.journal) is True:
                 self.world.set_copy(machine, "absent")

@@ -111,6 +111,7 @@ class MemorySource:
         self.hidden: HiddenPages | None = None
         self._trackers: Trackers | None = None
         self._busy: asyncio.Future[Any] | None = None
+        self._last: asyncio.Future[dict[int, ProcessChanges]] | None = None
         #: The frozen tasks: pid in CRIU's images → pid here, and when it started.
         self._frozen: dict[int, tuple[int, int | None]] = {}
         self._progress: Progress = lambda *_: None
@@ -191,13 +192,23 @@ class MemorySource:
         self.report.rounds.append(RoundResult(n=number, pages=sent // PAGE_BYTES, bytes=sent, ms=round(duration_ms, 3)))
         self.report.pre_copy_bytes += sent
 
+    def begin_last(self, root_pid: int, link: Channel) -> None:
+        """The tasks are frozen, and CRIU has finished with them: ``last`` may begin while it goes on. Once."""
+        self._last = asyncio.ensure_future(self._send_last(root_pid, link))
+
     async def last(self, root_pid: int, link: Channel) -> None:
-        """The tasks are frozen: send what was written since the last round, or, where it is fetched later, have the
-        destination forget it. Raises ``TrackingFailed`` if CRIU left out what nobody else has looked at."""
+        """CRIU has dumped the frozen tasks: send what was written since the last round, or, where it is fetched later,
+        have the destination forget it. Raises ``TrackingFailed`` if CRIU left out what nobody else has looked at."""
+        changed = await (self._last or self._send_last(root_pid, link))
+        if self.hidden is not None:
+            self.report.last_bytes += await hand_over(link, self._shared, self.hidden.objects, changed.values())
+
+    async def _send_last(self, root_pid: int, link: Channel) -> dict[int, ProcessChanges]:
+        """What does not depend on shared memory's images; returns what the last look has found."""
         if self._trackers is None:
             if self.lazy:
                 self._know_frozen(self._processes(root_pid))
-            return
+            return {}
         changed = await self._in_thread(lambda trackers: trackers.collect(last=True))
         if self.hidden is not None:
             self.hidden.check(changed.values())
@@ -208,8 +219,6 @@ class MemorySource:
             self._shared.outdate(changed.values())
         else:
             self.report.last_bytes += await self._send_shared(changed, link)
-        if self.hidden is not None:
-            self.report.last_bytes += await hand_over(link, self._shared, self.hidden.objects, changed.values())
         for each in changed.values():
             if self.fetched_later:
                 if each.fresh:  # not all that was sent of it before need be named again
@@ -217,6 +226,7 @@ class MemorySource:
                 await self._drop(each, link, (*each.changes.dirty, *each.changes.dropped))
             else:
                 self.report.last_bytes += await self._send_process(each, link)
+        return changed
 
     async def serve_until(self, link: Channel, kind: type[ChannelMessage]) -> None:
         """Receive until a message of that kind comes, and send meanwhile the pages that the destination asks for."""
@@ -249,6 +259,9 @@ class MemorySource:
 
     async def close(self) -> None:
         """Remove every trace from the processes. Idempotent."""
+        if self._last is not None:
+            self._last.cancel()
+            await asyncio.gather(self._last, return_exceptions=True)
         if self._busy is not None:  # cancelled while a thread was with the trackers, which one at a time may use
             await asyncio.wait((self._busy,))
         if self._trackers is not None:

@@ -75,7 +75,7 @@ def dump_of(
 
     async def both() -> tuple[SentImages, SentImages]:
         dumped = asyncio.ensure_future(dumping())
-        early = await send_finished(sink, images, dumped, lambda *_: None)
+        early = await send_finished(sink, images, dumped, lambda *_: None, lambda: None)
         await dumped
         return early, await send_images(sink, images, {}, lambda *_: None, early)
 
@@ -130,7 +130,7 @@ def test_a_dump_that_fails_ends_the_sending(images: FakeImageSpace) -> None:
 
     async def both() -> None:
         dumped = asyncio.ensure_future(failing())
-        await send_finished(Sink(), images, dumped, lambda *_: None)
+        await send_finished(Sink(), images, dumped, lambda *_: None, lambda: None)
         await dumped
 
     with pytest.raises(ValueError, match="no dump"):
@@ -178,14 +178,16 @@ class Dumping:
 def test_the_pages_of_a_task_go_when_the_next_is_dumped(images: FakeImageSpace, *, mountpoints: bool) -> None:
     sink = Sink()
     dumping = Dumping(images, sink)
+    told: list[set[str]] = []
 
     async def both() -> SentImages:
         dumped = asyncio.ensure_future(dumping.of_two_tasks(mountpoints))
-        early = await send_finished(sink, images, dumped, lambda *_: None)
+        early = await send_finished(sink, images, dumped, lambda *_: None, lambda: told.append(set(sink.files)))
         await dumped
         return await send_images(sink, images, {}, lambda *_: None, early)
 
     sent = run(both())
+    assert told == [{"pages-101.img"}]
     assert dumping.seen == {
         "in the first": set(),
         "in the second": {"pages-101.img"},
@@ -210,7 +212,7 @@ def test_what_was_begun_is_not_sent_to_its_end_when_the_dump_has_failed(images: 
         images.write("pagemap-1.img", 0, serialize(1, []))
         images.write("pages-1.img", 0, b"x" * 3 * CHUNK_BYTES)
         images.write("pstree.img", 0, b"")
-        await send_finished(sink, images, dumped, fail)
+        await send_finished(sink, images, dumped, fail, lambda: None)
         assert dumped.exception() is not None
 
     run(failing())
