@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from coordinator.agent import priority
 from coordinator.agent.criu_filter import CriuFilter
 from coordinator.agent.freeze_watch import FreezeWatch
 from coordinator.agent.group_moves import GroupMoves
@@ -44,6 +45,9 @@ class Dump(Protocol):
 
     async def end(self) -> None:
         """Release the hold, wait for CRIU's end: the tasks are killed if the journal has COMMITTED, else they run."""
+
+    def step_back(self) -> None:
+        """The tasks run on the destination: nobody waits for what CRIU still does here."""
 
 
 class Restore(Protocol):
@@ -183,6 +187,10 @@ class CriuDump(CriuRun):
         """See ``Dump``."""
         await self._ended()
 
+    def step_back(self) -> None:
+        """See ``Dump``."""
+        priority.step_back(process_tree(self._running.pid))
+
 
 class CriuRestore(CriuRun):
     """A real restore (see ``Restore``)."""
@@ -192,6 +200,7 @@ class CriuRestore(CriuRun):
         self._journal = journal
         self._hold = hold
         self._moves = GroupMoves.begun()
+        self._root_pid = 0
 
     def let_go(self) -> None:
         """See ``Restore``."""
@@ -215,9 +224,10 @@ class CriuRestore(CriuRun):
     async def staged(self) -> int:
         """See ``Restore``."""
         try:
-            return await self._stands_at(POST_RESTORE)
+            self._root_pid = await self._stands_at(POST_RESTORE)
         finally:
             self._moves.end()
+        return self._root_pid
 
     async def connected(self) -> None:
         """See ``Restore``."""
@@ -227,6 +237,7 @@ class CriuRestore(CriuRun):
     async def resumed(self) -> None:
         """See ``Restore``."""
         await self._passes(POST_RESUME)
+        priority.step_back(set(process_tree(self._running.pid)) - set(process_tree(self._root_pid)))
 
     async def _passes(self, action: str) -> None:
         passed = self._hook.arrival(action)

@@ -31,7 +31,7 @@ from coordinator.agent.messages import (
     Resumed,
     Staged,
 )
-from coordinator.agent.restored_memory import HalfWithMemory
+from coordinator.agent.restoring import RestoringHalf
 from coordinator.errors import (
     ChannelFailed,
     InDoubt,
@@ -48,7 +48,7 @@ from netfix.gate import CLOSED
 from netfix.hold import HoldReport
 
 
-class DestinationHalf(HalfWithMemory):
+class DestinationHalf(RestoringHalf):
     """See the module."""
 
     _go: asyncio.Future[Go] | None = None
@@ -187,17 +187,6 @@ class DestinationHalf(HalfWithMemory):
             self.deeds.record("connections", durable=False)  # with the host, its table is gone too
         await self.network.track_connections(from_bytes(entries))
 
-    async def _load_restore(self) -> Restore:
-        """Start the restore up to where it needs images, so that its start is not part of the freeze, and what keeps it
-        from starting is found out while the service runs."""
-        lazy = self._memory is not None
-        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
-        self.deeds.record("restore", durable=False)
-        hold, started = self.images.hold(), self.record_criu("restore")
-        self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy)
-        await self._restore.loaded()
-        return self._restore
-
     async def _receive_go(self) -> Go:
         while True:
             message, payload = await self._link().receive()
@@ -302,7 +291,7 @@ class DestinationHalf(HalfWithMemory):
         if self.channel is not None:
             with contextlib.suppress(ChannelFailed):
                 await self.channel.send(Resumed())
-            self.adapters.pace("usual")
+            self.adapters.pace("background")
 
     async def _adopt(self) -> None:
         if not self._root_pid:
@@ -325,15 +314,6 @@ class DestinationHalf(HalfWithMemory):
             self.warn(f"{self.host} cannot hold packets (no NFQUEUE): those that arrived in the freeze were dropped")
         if lost := report.dropped_udp + report.dropped_other + report.kernel_dropped:
             self.warn(f"{self.host}: {lost} of {report.held_packets + lost} packets did not fit into the hold")
-
-    async def _end_restore(self) -> None:
-        if self._restore is not None:
-            async with asyncio.timeout(self.plan.deadlines.resume_s):
-                await self._restore.end()
-            return
-        for name, params in self.journal.state.deeds.values():
-            if name == "restore":
-                await self.wait_criu(params)
 
     async def _release(self) -> HalfResult:
         """The tasks run. See that the packets follow them; what is left to do are warnings at worst."""

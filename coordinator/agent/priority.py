@@ -3,7 +3,8 @@
 While memory is copied in rounds, the service and its clients come first: the agent has the least weight there is
 (SCHED_BATCH and nice 19, sched(7)), and who wakes waits for it no longer than a tenth of a millisecond. In the freeze
 it is the other way round: everybody waits for us. CRIU and the runtime inherit that; the tasks get their own scheduling
-back, because CRIU restores it (criu/cr-restore.c).
+back, because CRIU restores it (criu/cr-restore.c). When they run, we and what CRIU and the runtime still have to do are
+in the background again: all of it can wait, and clients do not.
 
 That tenth is the thread's own slice (sched_runtime of sched_setattr(2), Linux 6.12; older ones ignore it). Linux lets
 who runs finish its slice before somebody else that wakes (kernel/sched/fair.c, set_protect_slice), usually 3 ms, and
@@ -22,6 +23,7 @@ import contextlib
 import ctypes
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -52,8 +54,20 @@ def set_pace(pace: Pace) -> None:
     nice = {"background": _BACKGROUND_NICE, "urgent": _URGENT_NICE, "usual": 0}[pace]
     for pid in process_tree(os.getpid()) if pace == "urgent" else [os.getpid()]:
         _set(pid, policy, nice, slice_ns)
-        with contextlib.suppress(OSError):  # it has ended, there are no autogroups, or no CAP_SYS_NICE: see below
-            Path(f"/proc/{pid}/autogroup").write_text(str(_BACKGROUND_GROUP_NICE if background else nice))
+        _set_group(pid, _BACKGROUND_GROUP_NICE if background else nice)
+
+
+def step_back(pids: Iterable[int]) -> None:
+    """What was urgent has been done: let everybody else go before these processes. Their session's group becomes an
+    ordinary one and no less, because restored tasks may have come to be in it."""
+    for pid in pids:
+        _set(pid, os.SCHED_BATCH, _BACKGROUND_NICE, _BACKGROUND_SLICE_NS)
+        _set_group(pid, 0)
+
+
+def _set_group(pid: int, nice: int) -> None:
+    with contextlib.suppress(OSError):  # it has ended, there are no autogroups, or no CAP_SYS_NICE: see below
+        Path(f"/proc/{pid}/autogroup").write_text(str(nice))
 
 
 def _set(pid: int, policy: int, nice: int, slice_ns: int) -> None:

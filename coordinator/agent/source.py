@@ -14,11 +14,11 @@ from typing import Any
 from coordinator.agent.channel import expect
 from coordinator.agent.criu import Dump
 from coordinator.agent.deeds import Undoer
+from coordinator.agent.dumping import DumpingHalf
 from coordinator.agent.files.base import FilesSource
-from coordinator.agent.half import ANY_REASON, Half, as_livemove_error, uninterrupted
+from coordinator.agent.half import ANY_REASON, as_livemove_error, uninterrupted
 from coordinator.agent.handing_back import HandBack
 from coordinator.agent.memory.convergence import Kind
-from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.messages import (
     Divert,
     Diverted,
@@ -33,8 +33,6 @@ from coordinator.agent.messages import (
     Resumed,
     Staged,
 )
-from coordinator.agent.outgoing import NOTHING_SENT, SentImages, send_finished, send_images
-from coordinator.agent.runtimes.base import Tasks
 from coordinator.agent.settling import Settling
 from coordinator.agent.tracking import TrackedSource
 from coordinator.errors import (
@@ -44,7 +42,6 @@ from coordinator.errors import (
     LivemoveError,
     PeerAborted,
     ProtocolError,
-    WorkloadNotRunning,
 )
 from coordinator.facts import SocketFacts
 from coordinator.journal import Phase
@@ -52,21 +49,13 @@ from coordinator.protocol import HalfResult, Outcome
 from netfix.gate import FREEZING, OPEN, SILENT
 
 
-class SourceHalf(Half):
+class SourceHalf(DumpingHalf):
     """See the module."""
 
-    _dump: Dump | None = None
-    _root_pid: int = 0
     _frozen_at: float = 0.0
     _freeze_ms: float = 0.0
-    _sent: SentImages = NOTHING_SENT
     _sockets: tuple[SocketFacts, ...] = ()
     _peer_is_silent: bool = False
-
-    @cached_property
-    def memory(self) -> MemorySource:
-        """How memory gets to the destination."""
-        return self.adapters.memory_source(self.plan.memory)
 
     @cached_property
     def files(self) -> FilesSource:
@@ -167,31 +156,6 @@ class SourceHalf(Half):
         if (decision := self.memory.report.decision) is not None and decision.kind is Kind.GIVE_UP:
             self.warn(f"pre-copy gave up, and the policy says {self.plan.memory.give_up}: {decision.reason}")
 
-    async def _running(self) -> Tasks:
-        tasks = await self.runtime.find()
-        if tasks.state != "running":
-            raise WorkloadNotRunning(f"workload {self.plan.workload.name} is {tasks.state} on {self.host}")
-        return tasks
-
-    async def _load_criu(self) -> Dump:
-        """Start CRIU up to its last step before the freeze, so that its start is not part of the freeze."""
-        lazy = self.memory.lazy
-        command = self.runtime.dump_command(await self._running(), self.images.images, self.images.work, lazy=lazy)
-        self.deeds.record("dump", durable=False)
-        self._dump = await self.criu.dump(
-            command,
-            self.journal.path,
-            self.record_criu("dump"),
-            root_pid=self._root_pid,
-            lazy=lazy,
-            hidden=self.memory.hidden,
-            at_freeze=self.memory.at_freeze,
-        )
-        await self._dump.ready()
-        # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.
-        await send_images(self._link(), self.images, {}, self.progress)
-        return self._dump
-
     async def _load_restore(self) -> None:
         """Have the destination do the same, and send what was written meanwhile."""
         async with asyncio.timeout(self.plan.deadlines.prepare_s):
@@ -229,25 +193,6 @@ class SourceHalf(Half):
         await self._link().send(FrozenNow())
         self.part("CRIU told to freeze")
 
-    async def _dumped(self, dump: Dump) -> None:
-        """Wait for CRIU's dump, and send meanwhile what it has finished with."""
-        dumped = asyncio.ensure_future(dump.dumped())
-        try:
-            self._sent = await send_finished(self._link(), self.images, dumped, self.progress, self._begin_last)
-            await dumped
-        finally:
-            if not dumped.done():
-                dumped.cancel()
-                await asyncio.wait((dumped,))
-
-    def _begin_last(self) -> None:
-        self.memory.begin_last(self._root_pid, self._link())
-
-    async def _send_images(self) -> None:
-        """Send CRIU's images; of shared memory, what the destination does not have from the rounds."""
-        stored = self.memory.images(self.images)
-        self._sent = await send_images(self._link(), self.images, stored, self.progress, self._sent)
-
     async def _commit(self) -> HalfResult:
         """Say GO, wait for the destination's word, and clean up."""
         try:
@@ -260,7 +205,7 @@ class SourceHalf(Half):
             known = as_livemove_error(error, "waiting for the destination to resume")
             return await self._leave("committed, and then the destination was not heard of", known)
         self._freeze_ms = (self.clock() - self._frozen_at) * 1000
-        self.adapters.pace("usual")
+        self._step_back()
         self.enter(Phase.RESUMED, durable=True)
         self.record_parts()
         await self._tell_losses()
@@ -319,15 +264,6 @@ class SourceHalf(Half):
         self.finished(Phase.RELEASED)
         return self._result("moved")
 
-    async def _end_dump(self) -> None:
-        if self._dump is not None:
-            async with asyncio.timeout(self.plan.deadlines.release_s):
-                await self._dump.end()
-            return
-        for name, params in self.journal.state.deeds.values():
-            if name == "dump":
-                await self.wait_criu(params)
-
     async def give_up(self, error: LivemoveError) -> HalfResult:
         """Before the commit point: the tasks run on here, with every connection (I3)."""
         self._peer_is_silent = isinstance(error, PeerAborted)
@@ -347,21 +283,6 @@ class SourceHalf(Half):
         await self.network.finished()
         self.finished(Phase.ROLLED_BACK)
         return self._result("rolled_back", error)
-
-    async def _close_memory(self) -> None:
-        """Whatever is left in the tasks must not keep them from running, or the host from being cleaned up."""
-        try:
-            await self.memory.close()
-        except (LivemoveError, OSError) as error:
-            self.warn(f"ending the tracking of memory on {self.host}: {error}")
-
-    async def _thaw(self, params: dict[str, Any]) -> None:
-        """CRIU's hook reads ABORTED and CRIU thaws the tasks. The gate is still closed."""
-        if self._dump is not None:
-            async with asyncio.timeout(self.plan.deadlines.release_s):
-                await self._dump.end()
-        else:
-            await self.wait_criu(params)
 
     async def _take_addresses_back(self, _: dict[str, Any]) -> None:
         """The way back of ``_divert``, in the opposite order: first the destination falls silent, then we answer."""

@@ -192,6 +192,9 @@ class FakeDump(_Handle):
         """See ``Dump``."""
         await self.stands_at(POST_DUMP)
 
+    def step_back(self) -> None:
+        """See ``Dump``."""
+
     async def end(self) -> None:
         """See ``Dump``."""
         await self.ended()

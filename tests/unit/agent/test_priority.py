@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.agent.priority import set_pace
+from coordinator.agent.priority import set_pace, step_back
 
 
 @pytest.fixture
@@ -46,6 +46,14 @@ def test_only_the_agent_itself_goes_back_to_usual(child: int) -> None:
     set_pace("usual")
     assert pace_of(0) == (os.SCHED_OTHER, 0)
     assert pace_of(child) == (os.SCHED_OTHER, -10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="going before others needs root")
+def test_what_was_urgent_steps_back(child: int) -> None:
+    set_pace("urgent")
+    step_back([child, 1 << 22])
+    assert pace_of(child) == (os.SCHED_BATCH, 19)
+    assert pace_of(0) == (os.SCHED_OTHER, -10)
 
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}

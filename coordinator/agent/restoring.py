@@ -1,7 +1,8 @@
-"""The memory of a destination half: filled into the tasks behind the freeze, and what becomes of it in doubt.
+"""The restore of a destination half, and its memory: filled into the tasks behind the freeze, and what becomes of it in
+doubt.
 
-Its pages are in this process until they are in the tasks, or, with a fetcher, still on the source. So an agent that
-ends in doubt stays for as long as the tasks may need it, and a recovery waits for it.
+Pages are in this process until they are in the tasks, or, with a fetcher, still on the source. So an agent that ends in
+doubt stays for as long as the tasks may need it, and a recovery waits for it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from coordinator.errors import (
 )
 
 
-class HalfWithMemory(Half):
-    """What a destination half knows of memory, and of files, which are all there before the tasks run. A recovery has
-    no memory, but may find another agent's guard."""
+class RestoringHalf(Half):
+    """What a destination half knows of CRIU's restore, of memory, and of files, which are all there before the tasks
+    run. A recovery has no memory, but may find another agent's guard."""
 
     _restore: Restore | None = None
     _memory: FillingMemory | None = None
@@ -45,6 +46,26 @@ class HalfWithMemory(Half):
         if self.deeds.recorded("restore"):
             raise FilesNotCopied("they stay, because what was restored, and may have them open, is not gone")
         await self.files.remove(params["before"])
+
+    async def _load_restore(self) -> Restore:
+        """Start the restore up to where it needs images, so that its start is not part of the freeze, and what keeps it
+        from starting is found out while the service runs."""
+        lazy = self._memory is not None
+        command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
+        self.deeds.record("restore", durable=False)
+        hold, started = self.images.hold(), self.record_criu("restore")
+        self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy)
+        await self._restore.loaded()
+        return self._restore
+
+    async def _end_restore(self) -> None:
+        if self._restore is not None:
+            async with asyncio.timeout(self.plan.deadlines.resume_s):
+                await self._restore.end()
+            return
+        for name, params in self.journal.state.deeds.values():
+            if name == "restore":
+                await self.wait_criu(params)
 
     async def _prepare_memory(self) -> None:
         if self.plan.memory.mode != "stop-copy":
