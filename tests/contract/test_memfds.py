@@ -144,7 +144,7 @@ def test_somebody_outside_keeps_it_open(target: Target, looks: Looks) -> None:
 
 
 def test_where_a_process_cannot_be_looked_at_nothing_is_closed() -> None:
-    memfds = Memfds(holders=lambda _: None)
+    memfds = Memfds(held=lambda _: None)
     assert memfds.untouched([sys.maxsize]) == frozenset()
     memfds.take([])
     assert memfds.closed == frozenset()

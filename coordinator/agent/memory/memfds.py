@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
 
+from coordinator.agent.memory import holders
 from coordinator.agent.memory.base import ProcessChanges
-from coordinator.agent.memory.mappings import PROC, read_mappings
-from coordinator.agent.other_processes import descriptors
 
-_MEMFD, _SOCKET = "/memfd:", "socket:["
+_MEMFD = "/memfd:"
 
 #: Of these processes the inodes of the memfds that have a descriptor; ``None`` where one may be on its way.
 Holders = Callable[[Iterable[int]], frozenset[int] | None]
@@ -32,8 +29,8 @@ class Memfds:
     """The memfds of one tree of processes. A look begins with ``untouched`` and ends with ``take``; used by one thread
     at a time."""
 
-    def __init__(self, holders: Holders | None = None, outside: Outside | None = None) -> None:
-        self._holders = holders or held_by
+    def __init__(self, held: Holders | None = None, outside: Outside | None = None) -> None:
+        self._holders = held or held_by
         self._outside = outside or held_outside
         self._mapped: frozenset[int] | None = None
         self._held: frozenset[int] | None = None
@@ -64,53 +61,13 @@ class Memfds:
 
 def held_by(pids: Iterable[int]) -> frozenset[int] | None:
     """See ``Holders``."""
-    found: set[int] = set()
-    for pid in pids:
-        unix: frozenset[str] | None = None
-        for number, link in descriptors(pid):
-            if link.startswith(_MEMFD):
-                found.update(_inode(pid, number))
-            elif link.startswith(_SOCKET):
-                unix = _unix_sockets(pid) if unix is None else unix
-                if link[len(_SOCKET) : -1] in unix and _carries_descriptors(pid, number):
-                    return None
-    return frozenset(found)
+    return holders.held_by(pids, _memfd)
 
 
 def held_outside(inodes: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
-    """See ``Outside``. Looks at every process of this host: some 0.1 ms for each."""
-    wanted, inside = frozenset(inodes), frozenset(pids)
-    found: set[int] = set()
-    for name in os.listdir(PROC):  # noqa: PTH208 - the names alone
-        if not name.isdigit() or (pid := int(name)) in inside:
-            continue
-        with suppress(OSError):
-            for number, link in descriptors(pid):
-                found.update(_inode(pid, number) if link.startswith(_MEMFD) else ())
-            found.update(mapping.memfd for mapping in read_mappings(pid) if mapping.memfd is not None)
-    return wanted & found
+    """See ``Outside``."""
+    return holders.held_outside(pids, _memfd, lambda mapping: mapping.memfd) & frozenset(inodes)
 
 
-def _inode(pid: int, number: str) -> list[int]:
-    """The inode behind a descriptor; none if it is closed."""
-    with suppress(OSError):
-        return [os.stat(f"/proc/{pid}/fd/{number}").st_ino]  # noqa: PTH116 - there may be thousands
-    return []
-
-
-def _unix_sockets(pid: int) -> frozenset[str]:
-    """The inodes of the unix sockets in a process's network namespace (proc(5), /proc/net/unix)."""
-    try:
-        lines = Path(f"/proc/{pid}/net/unix").read_text(errors="replace").splitlines()[1:]
-    except OSError:
-        return frozenset()
-    return frozenset(line.split()[6] for line in lines)
-
-
-def _carries_descriptors(pid: int, number: str) -> bool:
-    """Whether descriptors wait to be received from a unix socket (net/unix/af_unix.c, unix_show_fdinfo)."""
-    try:
-        text = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
-    except OSError:
-        return False
-    return any(line.startswith("scm_fds:") and line.split()[1] != "0" for line in text.splitlines())
+def _memfd(pid: int, number: str, link: str) -> int | None:
+    return os.stat(f"/proc/{pid}/fd/{number}").st_ino if link.startswith(_MEMFD) else None  # noqa: PTH116 - thousands

@@ -72,7 +72,7 @@ class TreeTracker:
         self._root = root_pid
         self._make = make_tracker
         self._segments = segments or Segments(None)
-        self._memfds = memfds or Memfds(holders=lambda _: None)
+        self._memfds = memfds or Memfds(held=lambda _: None)
         self._members: dict[int, _Member] = {}
         self._gone: list[int] = []
         self._zombies: set[int] = set()
