@@ -16,6 +16,9 @@ ROOT = "mkdir -p {rootfs} && {{ mountpoint -q {rootfs} || mount --bind / {rootfs
 """Makes a container's root: the host's own, read-only; what is mounted in the host is not in it."""
 
 DEVPTS = ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
+SHM_SIZE = "4g"
+"""How much a service may put into /dev/shm: no more than the host has, which is not reserved."""
+
 IO_URING = ["io_uring_setup", "io_uring_enter", "io_uring_register"]
 ENOSYS = 38
 
@@ -64,7 +67,7 @@ def config(
             {"destination": "/proc", "type": "proc", "source": "proc"},
             _tmpfs("/dev", "mode=755", "size=65536k", "strictatime", "nosuid"),
             {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": DEVPTS},
-            _tmpfs("/dev/shm", "mode=1777", "size=65536k", "nosuid", "nodev"),
+            _tmpfs("/dev/shm", "mode=1777", f"size={SHM_SIZE}", "nosuid", "nodev"),
             _tmpfs("/run", "mode=755", "size=16384k", "nosuid", "nodev"),
             _tmpfs("/tmp", "mode=1777", "size=65536k", "nosuid", "nodev"),
             *([{"destination": data, "type": "bind", "source": data, "options": ["rbind", "rw"]}] if data else []),

@@ -54,6 +54,8 @@ SERVICE_FILES = (
     "puppet.py",
     "segment_server.py",
     "shared_server.py",
+    "tmpfs_files.py",
+    "tmpfs_server.py",
 )
 
 #: Puts files into a directory, each whole or not at all; in one go, because every program run on a host takes 30 ms.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.memfds import Memfds
 from coordinator.agent.memory.segments import segments_of
+from coordinator.agent.memory.tmpfs_source import NoTmpfs, OwnTmpfs, TmpfsSource
 from coordinator.agent.memory.tree import TreeTracker
 from coordinator.agent.mending import mend_segment_sizes
 from coordinator.agent.movers import announcing_mover, outside_mover
@@ -75,7 +77,7 @@ def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
         criu=HeldCriu(images.work, images.images),
         images=images,
         network=_network(plan, role),
-        memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic),
+        memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic, tmpfs=_tmpfs),
         memory_destination=StoredMemory,
         pace=priority.set_pace,
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
@@ -120,6 +122,14 @@ def _track(root_pid: int) -> TreeTracker:
         return TreeTracker(root_pid, choice.make, segments_of(root_pid), Memfds())
     # Of shared memory, soft-dirty bits tell nothing: what is dirty in every round is better sent once, with the images.
     return TreeTracker(root_pid, choice.make)
+
+
+def _tmpfs(root_pid: int) -> TmpfsSource:
+    """Of shared memory, only one tracker knows what was written to."""
+    with suppress(OSError):  # there is no fanotify, or too much of it
+        if choose_tracker().name == "write_protect":
+            return OwnTmpfs(root_pid)
+    return NoTmpfs()
 
 
 def source_half(plan: MigrationPlan, journal: Journal, places: Places, sink: EventSink) -> SourceHalf:

@@ -96,19 +96,29 @@ class Checkpointer(Protocol):
         lazy: bool,
         hidden: HiddenPages | None = None,
         at_freeze: Callable[[], None] | None = None,
+        external: tuple[str, ...] = (),
     ) -> Dump:
         """Start a dump of the tasks of which ``root_pid`` is the first; returns as soon as the command runs.
 
         ``lazy``: private memory is left to us. ``hidden`` decides which pages CRIU is not to see, or says after the
         dump why it has seen them all. ``at_freeze`` is called, where the kernel allows it, when all tasks are frozen
-        and CRIU has touched nothing."""
+        and CRIU has touched nothing. ``external``: what CRIU leaves to us, in the words of its option (criu(8),
+        --external)."""
 
     async def restore(
-        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        hold: ImageHold,
+        *,
+        lazy: bool,
+        external: tuple[str, ...] = (),
     ) -> Restore:
         """Start a restore, up to where it needs images (see ``Restore.begin``); returns as soon as the command runs.
 
-        ``hold`` is let go with the restore. ``lazy``: the tasks' private memory follows later."""
+        ``hold`` is let go with the restore. ``lazy``: the tasks' private memory follows later. ``external``: what CRIU
+        gets from us, in the words of its option."""
 
 
 class CriuRun:
@@ -269,20 +279,28 @@ class HeldCriu:
         lazy: bool,
         hidden: HiddenPages | None = None,
         at_freeze: Callable[[], None] | None = None,
+        external: tuple[str, ...] = (),
     ) -> Dump:
         """See ``Checkpointer``."""
-        hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy)
+        hook = Hook(self._work / "hook", journal, (PRE_DUMP, POST_DUMP), lazy=lazy, external=external)
         running = await self._start(command, hook, started)
         over = CriuFilter(root_pid, hidden, self._images, at_freeze)
         return CriuDump(running, hook, self._work, images=self._images, root_pid=root_pid, over=over)
 
     async def restore(
-        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        hold: ImageHold,
+        *,
+        lazy: bool,
+        external: tuple[str, ...] = (),
     ) -> Restore:
         """See ``Checkpointer``."""
         with contextlib.ExitStack() as failing:
             failing.callback(hold.release)
-            hook = Hook(self._work / "hook", journal, (POST_RESTORE,), lazy=lazy)
+            hook = Hook(self._work / "hook", journal, (POST_RESTORE,), lazy=lazy, external=external)
             running = await self._start(command, hook, started)
             failing.pop_all()
         return CriuRestore(running, hook, self._work, journal, hold)

@@ -48,6 +48,7 @@ class DumpingHalf(Half):
             lazy=lazy,
             hidden=self.memory.hidden,
             at_freeze=self.memory.at_freeze,
+            external=self.memory.external,
         )
         await self._dump.ready()
         # What the runtime has written by now (runc: the container's standard streams) a restore needs to be loaded.

@@ -41,7 +41,7 @@ PRE_DUMP, POST_DUMP, POST_RESTORE = "pre-dump", "post-dump", "post-restore"
 PRE_RESUME, POST_RESUME = "pre-resume", "post-resume"
 
 #: One option a line, as CRIU's parser wants it. CRIU's own ghost-limit is 1 MiB.
-_CONFIG = "network-lock skip\nghost-limit {most_deleted}\naction-script {script}\n{lazy}"
+_CONFIG = "network-lock skip\nghost-limit {most_deleted}\naction-script {script}\n{lazy}{external}"
 #: Not every runtime has an option for it (crun has none).
 _LAZY = "lazy-pages\n"
 
@@ -109,8 +109,12 @@ exec {program} "$@"
 class Hook:
     """The action script of one CRIU run, its configuration file, and the locks it waits for."""
 
-    def __init__(self, folder: Path, journal: Path, actions: tuple[str, ...], *, lazy: bool) -> None:
-        """Write script and configuration to ``folder`` (on a file system without noexec) and take the locks."""
+    def __init__(
+        self, folder: Path, journal: Path, actions: tuple[str, ...], *, lazy: bool, external: tuple[str, ...] = ()
+    ) -> None:
+        """Write script and configuration to ``folder`` (on a file system without noexec) and take the locks.
+
+        ``external``: see ``Checkpointer``."""
         lazy_dump = lazy and POST_DUMP in actions
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.config = folder / "criu.conf"
@@ -132,6 +136,7 @@ class Hook:
         script.write_text(_SCRIPT.format(actions="|".join(actions), **values, **quoted))
         script.chmod(0o700)
         options = {"most_deleted": MOST_DELETED_BYTES, "script": script, "lazy": _LAZY if lazy else ""}
+        options["external"] = "".join(f"external {each}\n" for each in external)
         self.config.write_text(_CONFIG.format(**options))
         self.programs.mkdir(mode=0o700)
         door = folder / "door"

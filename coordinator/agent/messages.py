@@ -170,6 +170,42 @@ class HandedOver(ChannelMessage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TmpfsMount(ChannelMessage):
+    """Source: a tmpfs of the workload that CRIU leaves to us. ``source`` and ``options`` (those of the file system) as
+    in mountinfo (proc(5)); in the restored workload it is at ``point``."""
+
+    mount: int
+    point: str
+    source: str
+    options: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmpfsFile(ChannelMessage):
+    """Source: pages of the pid ``number``, which is below zero, are those of a file of that mount, by their offsets."""
+
+    number: int
+    mount: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmpfsFileGone(ChannelMessage):
+    """Source: that file has been removed."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TmpfsEntries(ChannelMessage):
+    """Source, frozen: the payload is some of what is in a mount (``memory/tmpfs_entries``), directories before what is
+    in them; ``sizes`` in bytes, of the list and of the contents behind it. ``complete``: there is no more."""
+
+    mount: int
+    sizes: tuple[int, int]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedPages(ChannelMessage):
     """Source: these pages hold nothing any more (unmapped, discarded, zero)."""
 

@@ -51,10 +51,11 @@ class RestoringHalf(Half):
         """Start the restore up to where it needs images, so that its start is not part of the freeze, and what keeps it
         from starting is found out while the service runs."""
         lazy = self._memory is not None
+        external = self._memory.external if self._memory is not None else ()
         command = self.runtime.restore_command(self.images.images, self.images.work, lazy=lazy)
         self.deeds.record("restore", durable=False)
         hold, started = self.images.hold(), self.record_criu("restore")
-        self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy)
+        self._restore = await self.criu.restore(command, self.journal.path, started, hold, lazy=lazy, external=external)
         await self._restore.loaded()
         return self._restore
 

@@ -27,11 +27,14 @@ class Ballast:
         self.wrong_pages = 0
         self._cursor = 0
         self._generation = 0
-        self._memory: mmap.mmap | None = None
+        self._memory = memoryview(b"")
         if self.pages:
-            self._memory = mmap.mmap(-1, self.pages * PAGE_BYTES, flags=flags | mmap.MAP_ANONYMOUS)
+            self._memory = self._map(self.pages * PAGE_BYTES, flags)
             for page in range(self.pages):
                 self._write(page, 0)
+
+    def _map(self, size_bytes: int, flags: int) -> memoryview:
+        return memoryview(mmap.mmap(-1, size_bytes, flags=flags | mmap.MAP_ANONYMOUS))
 
     def dirty(self, pages: int) -> None:
         """Check and rewrite the next `pages` pages, going round at the end."""
@@ -50,13 +53,11 @@ class Ballast:
         return self.wrong_pages
 
     def _check(self, page: int) -> None:
-        assert self._memory is not None
         start = page * PAGE_BYTES
         written = self._generation + (page < self._cursor)
         if self._memory[start : start + PAGE_BYTES] != page_contents(page, written):
             self.wrong_pages += 1
 
     def _write(self, page: int, generation: int) -> None:
-        assert self._memory is not None
         start = page * PAGE_BYTES
         self._memory[start : start + PAGE_BYTES] = page_contents(page, generation)

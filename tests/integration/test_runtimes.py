@@ -286,3 +286,18 @@ def test_shared_memory_is_handed_over_to_every_runtime(packaged_lab: Lab, runtim
             assert scene.clients[0].check_memory() == {"pages": 2048, "wrong_pages": 0}
     finally:
         scene.close()
+
+
+def test_files_of_a_tmpfs_are_handed_over_to_crun(packaged_lab: Lab) -> None:
+    """As to runc (`test_tmpfs`): CRIU reads what is external in its configuration file, whoever has started it."""
+    scene = scene_of(packaged_lab, "crun", "tmpfs_files")
+    try:
+        for to in ("beta", "alpha", "beta"):
+            scene.begin_hop()
+            said = migrate(packaged_lab, scene.workload.name, to)
+            assert (said.status, said.report["outcome"]) == (0, "moved"), said.stderr
+            assert said.report["bytes"]["pre_copy"] > 4 << 20  # what is mapped and closed is half of all
+            scene.unharmed(to)
+            assert scene.clients[0].check_memory() == {"pages": 2048, "wrong_pages": 0}
+    finally:
+        scene.close()

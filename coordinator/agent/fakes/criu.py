@@ -273,6 +273,7 @@ class FakeCheckpointer:
         lazy: bool,
         hidden: HiddenPages | None = None,
         at_freeze: Callable[[], None] | None = None,
+        external: tuple[str, ...] = (),
     ) -> Dump:
         """See ``Checkpointer``."""
         run = await self._start(journal, (PRE_DUMP, POST_DUMP), DumpFailed("CRIU does not start"))
@@ -280,7 +281,14 @@ class FakeCheckpointer:
         return await self._told(FakeDump(self._life, run, dumping, DumpFailed("CRIU fails")), started)
 
     async def restore(
-        self, command: Command, journal: Path, started: Started, hold: ImageHold, *, lazy: bool
+        self,
+        command: Command,
+        journal: Path,
+        started: Started,
+        hold: ImageHold,
+        *,
+        lazy: bool,
+        external: tuple[str, ...] = (),
     ) -> Restore:
         """See ``Checkpointer``."""
         assert isinstance(hold, FakeImageHold)

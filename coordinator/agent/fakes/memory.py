@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coordinator.agent.fakes.workload import Page, is_lazy, mappings, runs
 from coordinator.agent.fakes.world import AgentKilled, Life, Machine
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
+from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, Changes, HeldFiles, PageRun, ProcessChanges
 from coordinator.agent.memory.copying import MemorySource
 from coordinator.agent.memory.filling import FETCH_TIMEOUT_S, Fetch
 from coordinator.agent.memory.hidden_pages import HiddenPages
@@ -42,7 +42,7 @@ class FakeTrackers:
         self._machine.trackers += 1
         life.at_death.append(self._forget)  # the kernel closes the descriptors
 
-    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
+    def collect(self, *, last: bool = False, files: HeldFiles = NO_FILES) -> dict[int, ProcessChanges]:
         """See ``Trackers``."""
         self._life.step("pages collected", TrackingFailed("a mapping cannot be registered"))
         if self._machine.copy == "absent":
@@ -255,6 +255,11 @@ class FakeFilling:
     def content(self, pid: int, address: int, count: int) -> bytes:
         """See ``FillingMemory``."""
         return b"".join(self._store[pid, address + number * PAGE_BYTES] for number in range(count))
+
+    @property
+    def external(self) -> tuple[str, ...]:
+        """See ``FillingMemory``."""
+        return ()
 
     async def start(self, work: Path) -> int:
         """See ``FillingMemory``."""

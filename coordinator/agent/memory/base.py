@@ -14,7 +14,8 @@ holds something. A page nobody ever named is zero, or is what the mapped file ha
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -97,13 +98,21 @@ class Mapping:
         return self.shared and self.name == "/dev/zero (deleted)" and not self.hugetlb
 
 
+#: What files hold, by device (as in maps) and inode.
+HeldFiles = typing.Mapping[tuple[str, int], list[tuple[int, int]]]
+NO_FILES: HeldFiles = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Closed:
     """The shared objects that nobody can have written to but through a mapping of a process that is asked: System V
-    segments by id, memfds by inode. (The two may be equal numbers.)"""
+    segments by id, memfds by inode. (The two may be equal numbers.) ``files``: of these files of a tmpfs (device and
+    inode) somebody else finds out what changed past the page tables, and what they hold, as spans of offsets: they must
+    not be opened, because that is told."""
 
     segments: frozenset[int] = frozenset()
     memfds: frozenset[int] = frozenset()
+    files: HeldFiles = field(default_factory=dict)
 
 
 NOT_CLOSED = Closed()
@@ -176,3 +185,6 @@ class ProcessChanges:
     untracked: str | None = None  # why it cannot be tracked, so that every answer about it is ``fresh``
     #: Equal in all answers of a look.
     closed: Closed = NOT_CLOSED
+    #: Whether somebody may have written to shared memory since the look before who is not asked any more. Equal in all
+    #: answers of a look.
+    others_wrote: bool = False

@@ -15,13 +15,14 @@ from typing import Any, Protocol, TypeVar
 
 from coordinator.agent.channel import Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
-from coordinator.agent.memory.base import PAGE_BYTES, Changes, PageRun, ProcessChanges
+from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, Changes, HeldFiles, PageRun, ProcessChanges
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
 from coordinator.agent.memory.handing_over import described, hand_over
 from coordinator.agent.memory.hidden_pages import HiddenPages, hide
 from coordinator.agent.memory.pages import PageData, read_pages
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.shared import SharedMemory, Span
+from coordinator.agent.memory.tmpfs_source import NoTmpfs, TmpfsSource
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.messages import (
     ChannelMessage,
@@ -54,8 +55,8 @@ def processes_of(root_pid: int) -> dict[int, int]:
 class Trackers(Protocol):
     """All processes of the workload (``tree.TreeTracker``)."""
 
-    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
-        """What changed in each process since the last call."""
+    def collect(self, *, last: bool = False, files: HeldFiles = NO_FILES) -> dict[int, ProcessChanges]:
+        """What changed in each process since the last call (see ``TreeTracker``)."""
 
     def take_gone(self) -> tuple[int, ...]:
         """Inner pids of processes that have gone since the last call."""
@@ -95,6 +96,7 @@ class MemorySource:
         processes: Callable[[int], dict[int, int]] = processes_of,
         started: Callable[[int], int | None] = start_time,
         hide: Callable[[int, Iterable[ProcessChanges]], HiddenPages | None] = hide,
+        tmpfs: Callable[[int], TmpfsSource] = lambda _: NoTmpfs(),
     ) -> None:
         self.mode: Mode = policy.mode
         self.report = CopyReport()
@@ -106,6 +108,8 @@ class MemorySource:
         self._processes = processes
         self._started = started
         self._hide = hide
+        self._find_tmpfs = tmpfs
+        self._tmpfs: TmpfsSource = NoTmpfs()
         self._clock = clock
         #: The pages that CRIU was not to see, which must be sent here.
         self.hidden: HiddenPages | None = None
@@ -131,6 +135,11 @@ class MemorySource:
         """To be called, in any thread, when all tasks are frozen and CRIU has looked at nothing of theirs; ``None``:
         need not be. Else the last look finds more to be changed than is."""
         return self._trackers.at_freeze if self._trackers is not None else None
+
+    @property
+    def external(self) -> tuple[str, ...]:
+        """What CRIU is to leave to us (criu(8), --external), once it is copied."""
+        return self._tmpfs.external
 
     async def copy(self, root_pid: int, link: Channel, progress: Progress) -> None:
         """Send rounds until a freeze now would be short, or until that gets no nearer.
@@ -168,7 +177,7 @@ class MemorySource:
         """One more round, when all is ready for the freeze: that is left with what is written after it."""
         if self._trackers is not None:
             began = self._clock()
-            pending = await self._collect()
+            pending = await self._collect(fixed=True)
             sent = await self._send_round(pending, self._dirty_bytes(pending), link)
             self._record_round(sent, (self._clock() - began) * 1000)
 
@@ -209,12 +218,13 @@ class MemorySource:
             if self.lazy:
                 self._know_frozen(self._processes(root_pid))
             return {}
-        changed = await self._in_thread(lambda trackers: trackers.collect(last=True))
+        changed = await self._collect(last=True)
         if self.hidden is not None:
             self.hidden.check(changed.values())
         self._know_frozen({each.inner_pid: each.pid for each in changed.values()})
         for pid in self._trackers.take_gone():
             await link.send(ProcessGone(pid=pid))
+        self.report.last_bytes += await self._tmpfs.complete(link)
         if self.fetched_later:
             self._shared.outdate(changed.values())
         else:
@@ -267,10 +277,12 @@ class MemorySource:
         if self._trackers is not None:
             trackers, self._trackers = self._trackers, None
             await asyncio.to_thread(trackers.close)
+        self._tmpfs.close()
 
     async def _begin(self, root_pid: int) -> None:
         def begin() -> None:
             self._trackers = self._track(root_pid)
+            self._tmpfs = self._find_tmpfs(root_pid)
 
         self._busy = asyncio.ensure_future(asyncio.to_thread(begin))
         try:
@@ -278,8 +290,18 @@ class MemorySource:
         except TargetGone as error:
             raise WorkloadNotRunning(f"the workload ended before its memory was copied: {error}") from error
 
-    async def _collect(self) -> dict[int, ProcessChanges]:
-        return await self._in_thread(lambda trackers: trackers.collect())
+    async def _collect(self, *, last: bool = False, fixed: bool = False) -> dict[int, ProcessChanges]:
+        """Look at everything. What is watched is watched before the processes are asked, and read after it.
+
+        ``fixed``: CRIU has been told what is ``external``."""
+
+        def look(trackers: Trackers) -> dict[int, ProcessChanges]:
+            self._tmpfs.begin(last=last, fixed=fixed or last)
+            changed = trackers.collect(last=last, files=self._tmpfs.known)
+            self._tmpfs.take(changed.values(), last=last)
+            return changed
+
+        return await self._in_thread(look)
 
     async def _in_thread(self, use: Callable[[Trackers], T]) -> T:
         """Use the trackers, which block, in a thread; when this is cancelled, ``close`` waits for the thread."""
@@ -299,6 +321,7 @@ class MemorySource:
         for each in changed.values():
             sent += await self._send_process(each, link, lambda done: self._progress("memory", done, total), sent)
         sent += await self._send_shared(changed, link)
+        sent += await self._tmpfs.send(link)
         await link.send(RoundEnd(n=len(self.report.rounds) + 1))
         await expect(link, RoundStored)
         return sent
@@ -343,7 +366,7 @@ class MemorySource:
 
     def _dirty_bytes(self, changed: dict[int, ProcessChanges]) -> int:
         private = sum(run.pages for each in changed.values() for run in lazy_runs(each.changes))
-        return (private + self._shared.dirty_pages(changed.values())) * PAGE_BYTES
+        return (private + self._shared.dirty_pages(changed.values())) * PAGE_BYTES + self._tmpfs.dirty_bytes
 
     @staticmethod
     async def _drop(each: ProcessChanges, link: Channel, runs: tuple[PageRun, ...]) -> None:

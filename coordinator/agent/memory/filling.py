@@ -27,6 +27,7 @@ from coordinator.agent.memory import filler, guard
 from coordinator.agent.memory.pagemap_images import lazy_pages
 from coordinator.agent.memory.store import PAGE_BYTES, PageStore
 from coordinator.agent.memory.taking_over import ReceivedObjects
+from coordinator.agent.memory.tmpfs_target import ReceivedTmpfs
 from coordinator.agent.messages import (
     ChannelMessage,
     DroppedPages,
@@ -35,6 +36,10 @@ from coordinator.agent.messages import (
     ProcessGone,
     RoundEnd,
     SharedObject,
+    TmpfsEntries,
+    TmpfsFile,
+    TmpfsFileGone,
+    TmpfsMount,
 )
 from coordinator.agent.process import Command, Running, describe_failure, first_explaining_line, start
 from coordinator.errors import MemoryLost, NotEnoughSpace, RestoreFailed
@@ -87,6 +92,10 @@ class FillingMemory(Protocol):
     def content(self, pid: int, address: int, count: int) -> bytes:
         """Pages that were taken."""
 
+    @property
+    def external(self) -> tuple[str, ...]:
+        """What CRIU gets from us (criu(8), --external)."""
+
     async def start(self, work: Path) -> int:
         """Start filler and guard, long before they are needed: their start takes longer than a freeze should.
 
@@ -117,6 +126,7 @@ class StoredMemory:
     def __init__(self) -> None:
         self._store = PageStore()
         self._objects = ReceivedObjects()
+        self._tmpfs = ReceivedTmpfs(self._objects.descriptor)
         self._fetch: Fetch | None = None
         self._filler: Running | None = None
         self._guard: Running | None = None
@@ -150,10 +160,28 @@ class StoredMemory:
                 self._before = self._recent if message.n > 1 else []
                 self._recent = []
             else:
-                return False
+                return self._take_of_tmpfs(message, payload)
         except OSError as error:
             raise NotEnoughSpace(f"storing a page after {self._store.pages} pages: {error.strerror}") from error
         return True
+
+    def _take_of_tmpfs(self, message: ChannelMessage, payload: bytes) -> bool:
+        if isinstance(message, TmpfsMount):
+            self._tmpfs.make(self._work, message)
+        elif isinstance(message, TmpfsFile):
+            self._objects.keep(message.number, self._tmpfs.file(message.mount))
+        elif isinstance(message, TmpfsFileGone):
+            self._objects.forget(message.number)
+        elif isinstance(message, TmpfsEntries):
+            self._tmpfs.put(message, payload)
+        else:
+            return False
+        return True
+
+    @property
+    def external(self) -> tuple[str, ...]:
+        """See ``FillingMemory``."""
+        return self._tmpfs.external
 
     def _put(self, message: PageBatch, payload: bytes) -> None:
         view = memoryview(payload)
@@ -257,7 +285,9 @@ class StoredMemory:
         assert self._filler is not None
         assert self._to_guard is not None
         self._root_pid = root_pid
+        self._tmpfs.check(root_pid)
         remarks = await asyncio.to_thread(self._objects.check, root_pid)
+        self._tmpfs.close()
         await self._tell(begin=True)
         loop = asyncio.get_running_loop()
         needs_agent = int(self._fetch is not None)
@@ -306,6 +336,7 @@ class StoredMemory:
             task.cancel()
             await asyncio.wait((task,))
         self._objects.close()
+        self._tmpfs.close()
         self._store.close()
 
     async def _why_it_ended(self) -> str:

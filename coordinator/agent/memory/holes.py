@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Iterable
-from contextlib import closing, suppress
+from contextlib import closing
 
 from coordinator.agent.memory.base import PAGE_BYTES
-from coordinator.agent.memory.inotify import IGNORED, MODIFY, Inotify
 from coordinator.agent.memory.mappings import read_mappings
 
-#: include/uapi/linux/ipc.h, mman.h.
+#: include/uapi/linux/inotify.h, ipc.h, mman.h.
+_MODIFY, _IGNORED = 0x2, 0x8000
+_EVENT = struct.Struct("=iIII")  # struct inotify_event
 _IPC_PRIVATE, _IPC_RMID, _MADV_REMOVE = 0, 0, 9
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,9 +37,9 @@ class HoleWatch:
     """Watches segments of one IPC namespace. ``close`` it."""
 
     def __init__(self) -> None:
-        """Raises ``OSError`` (see ``Inotify``)."""
+        """Raises ``OSError``: EMFILE where this user has too many already (inotify(7), max_user_instances)."""
         self._watched: dict[int, int] = {}  # inotify's number of a watch → the segment's id
-        self._inotify = Inotify()
+        self._descriptor = _checked(int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)))
 
     def watch(self, wanted: Iterable[int], pids: Iterable[int]) -> frozenset[int]:
         """Watch those of the wanted segments that a process has attached; return all that are watched by now."""
@@ -46,24 +48,37 @@ class HoleWatch:
             for mapping in read_mappings(pid):
                 if mapping.segment in missing:
                     path = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-                    with suppress(OSError):  # it is gone already
-                        self._watched[self._inotify.add(path, MODIFY)] = mapping.segment
+                    number = int(_libc.inotify_add_watch(self._descriptor, path.encode(), _MODIFY))
+                    if number >= 0:  # else it is gone already
+                        self._watched[number] = mapping.segment
                         missing.remove(mapping.segment)
         return frozenset(self._watched.values())
 
     def punched(self) -> frozenset[int]:
         """The segments into which a hole was punched since this was asked last, or that are gone."""
         found: set[int] = set()
-        for number, what in self._inotify.events():
-            # An overflow may be of any of them.
-            found.update([self._watched[number]] if number in self._watched else self._watched.values())
-            if what & IGNORED:
-                self._watched.pop(number, None)
+        while data := self._read():
+            at = 0
+            while at < len(data):
+                number, what, _, length = _EVENT.unpack_from(data, at)
+                at += _EVENT.size + length
+                # An overflow has the number -1: it may be any of them.
+                found.update([self._watched[number]] if number in self._watched else self._watched.values())
+                if what & _IGNORED:
+                    self._watched.pop(number, None)
         return frozenset(found)
 
     def close(self) -> None:
         """Idempotent."""
-        self._inotify.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _read(self) -> bytes:
+        try:
+            return os.read(self._descriptor, 1 << 16)
+        except BlockingIOError:
+            return b""
 
 
 def holes_are_told() -> bool:

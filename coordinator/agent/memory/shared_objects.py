@@ -57,21 +57,26 @@ def look_at(
     try:
         status = os.fstat(descriptor)
         settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _GRANULARITY_NS
-        here = (mapping.offset, mapping.offset + mapping.end - mapping.start)
         if frozen is None:
-            found = extents(descriptor, *here)
+            found = extents(descriptor, mapping.offset, mapping.offset + mapping.end - mapping.start)
         else:
             key = (status.st_dev, status.st_ino)
             if key not in frozen:
                 frozen[key] = extents(descriptor, 0, status.st_size)
-            found = intersection(frozen[key], [here])
+            found = frozen[key]
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    move = mapping.start - mapping.offset
-    data = normalise((first + move, last + move) for first, last in found)
+    data = data_of(mapping, found)
     return ObjectState(data, (status.st_mtime_ns, status.st_ctime_ns, status.st_size), settled, only_mapped)
+
+
+def data_of(mapping: Mapping, found: Spans) -> Spans:
+    """What an object holds, as addresses within a mapping of it."""
+    move = mapping.start - mapping.offset
+    here = (mapping.offset, mapping.offset + mapping.end - mapping.start)
+    return normalise((first + move, last + move) for first, last in intersection(found, [here]))
 
 
 def extents(descriptor: int, position: int, end: int) -> Spans:

@@ -20,7 +20,7 @@ from coordinator.agent.memory.runs import (
     to_runs,
     union,
 )
-from coordinator.agent.memory.shared_objects import DataOfObjects, ObjectState, look_at
+from coordinator.agent.memory.shared_objects import DataOfObjects, ObjectState, data_of, look_at
 from coordinator.agent.memory.userfault import MemoryReplaced
 
 _TRIES = 3
@@ -43,6 +43,13 @@ class Asked:
     def only_mapped(self, mapping: Mapping) -> bool:
         """Whether nobody has, or had, a descriptor of the object."""
         return mapping.anonymous_shared or mapping.segment is not None or mapping.memfd in self.closed.memfds
+
+    def look_at(self, pid: int, mapping: Mapping) -> ObjectState | None:
+        """State of the object under a shared mapping (see ``shared_objects``)."""
+        object_ = mapping.shared_object
+        if object_ is not None and object_ in self.closed.files:
+            return ObjectState(data_of(mapping, self.closed.files[object_]), (0, 0, 0), settled=False, only_mapped=True)
+        return look_at(pid, mapping, only_mapped=self.only_mapped(mapping), frozen=self.frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +160,7 @@ def look_at_objects(
         if not mapping.shared or mapping.backing is not Backing.SHMEM or mapping.hugetlb:
             continue
         key = (mapping.start, mapping.end)
-        state = look_at(pid, mapping, only_mapped=asked.only_mapped(mapping), frozen=asked.frozen)
+        state = asked.look_at(pid, mapping)
         if state is not None:
             objects[key] = state
             data.extend(state.data)

@@ -54,6 +54,18 @@ class ReceivedObjects:
             flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if sealable else 0)
             self._descriptors[number] = os.memfd_create(name, flags)
 
+    def keep(self, number: int, descriptor: int) -> None:
+        """One that was made elsewhere, and is ours from now on."""
+        self._descriptors[number] = descriptor
+
+    def descriptor(self, number: int) -> int:
+        """The descriptor of one that there is."""
+        return self._descriptors[number]
+
+    def forget(self, number: int) -> None:
+        """Give up one of them."""
+        os.close(self._descriptors.pop(number))
+
     def put(self, number: int, start: int, data: memoryview) -> None:
         """Write pages at an offset. Raises ``OSError`` (ENOMEM, ENOSPC) if the host has no memory left."""
         while data:

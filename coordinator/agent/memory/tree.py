@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coordinator.agent.memory.base import Closed, ProcessChanges, Tracker
+from coordinator.agent.memory.base import NO_FILES, Closed, HeldFiles, ProcessChanges, Tracker
 from coordinator.agent.memory.memfds import Memfds
 from coordinator.agent.memory.ptrace import TargetGone, status_field
 from coordinator.agent.memory.segments import Segments
@@ -89,15 +89,16 @@ class TreeTracker:
             self.close()
             raise
 
-    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
+    def collect(self, *, last: bool = False, files: HeldFiles = NO_FILES) -> dict[int, ProcessChanges]:
         """What changed in each process since the last call, by pid; a new process with all it holds.
 
-        ``last``: the workload is frozen, so that nothing can be attached; a new process is only looked at. Processes
-        that are gone are named by ``take_gone``. Raises ``TargetGone`` if the root is gone."""
+        ``last``: the workload is frozen, so that nothing can be attached; a new process is only looked at. Of ``files``
+        only what page tables tell is told. Processes that are gone are named by ``take_gone``.
+        Raises ``TargetGone`` if the root is gone."""
         if start_time(self._root) != self._root_started:
             raise TargetGone(f"process {self._root}, the root of the workload, is gone")
         self._meet()
-        untouched = Closed(self._segments.untouched(self._members), self._memfds.untouched(self._members))
+        untouched = Closed(self._segments.untouched(self._members), self._memfds.untouched(self._members), files)
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
         frozen: DataOfObjects | None = {} if last else None
@@ -111,8 +112,8 @@ class TreeTracker:
         self._segments.take(answers.values())
         self._memfds.take(answers.values())
         # After the last look nobody asks again: what it names is sent, or in the images, whoever comes then.
-        known = untouched if last else Closed(self._segments.closed, self._memfds.closed)
-        return {pid: replace(answer, closed=known) for pid, answer in answers.items()}
+        known = untouched if last else Closed(self._segments.closed, self._memfds.closed, files)
+        return {pid: replace(answer, closed=known, others_wrote=others_wrote) for pid, answer in answers.items()}
 
     def take_gone(self) -> tuple[int, ...]:
         """Inner pids of the processes that have gone since the last call: forget their pages.

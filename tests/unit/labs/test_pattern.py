@@ -155,7 +155,6 @@ def test_ballast_is_right_however_often_it_is_rewritten() -> None:
 
 def test_a_page_that_changed_behind_its_back_is_counted_and_not_forgotten() -> None:
     ballast = Ballast(4 * PAGE_BYTES)
-    assert ballast._memory is not None
     ballast._memory[2 * PAGE_BYTES + 5] ^= 1
     assert ballast.check_all() == 1
     ballast.dirty(4)
@@ -165,8 +164,7 @@ def test_a_page_that_changed_behind_its_back_is_counted_and_not_forgotten() -> N
 
 def test_a_page_of_an_earlier_round_is_wrong() -> None:
     ballast = Ballast(2 * PAGE_BYTES)
-    assert ballast._memory is not None
-    old = ballast._memory[:PAGE_BYTES]
+    old = bytes(ballast._memory[:PAGE_BYTES])
     ballast.dirty(2)
     ballast._memory[:PAGE_BYTES] = old
     assert ballast.check_all() == 1

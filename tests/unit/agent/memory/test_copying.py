@@ -11,7 +11,16 @@ import pytest
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.fakes.channel import FakeChannel, fake_channel
-from coordinator.agent.memory.base import PAGE_BYTES, Backing, Changes, Mapping, PageRun, ProcessChanges
+from coordinator.agent.memory.base import (
+    NO_FILES,
+    PAGE_BYTES,
+    Backing,
+    Changes,
+    HeldFiles,
+    Mapping,
+    PageRun,
+    ProcessChanges,
+)
 from coordinator.agent.memory.copying import MemorySource, lazy_runs
 from coordinator.agent.memory.pages import PageData
 from coordinator.agent.messages import (
@@ -65,7 +74,7 @@ class Script:
         self.closed = 0
         self.before: Callable[[], None] = lambda: None
 
-    def collect(self, *, last: bool = False) -> dict[int, ProcessChanges]:
+    def collect(self, *, last: bool = False, files: HeldFiles = NO_FILES) -> dict[int, ProcessChanges]:
         self.before()
         self.asked.append(last)
         return {each.pid: each for each in next(self._answers, [])}
