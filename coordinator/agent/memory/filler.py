@@ -153,14 +153,15 @@ class Filler:
             self._answer(space, space.faults.popleft())
 
     def background(self, space: Space, queue: deque[tuple[int, int]]) -> None:
-        """Fill in a little of what nobody has touched yet, the first of one of the space's queues."""
+        """Fill in a little of what nobody has touched yet, the first of one of the space's queues. What is hot is
+        here; what stands beside it and is not, is fetched in its turn."""
         start, end = queue.popleft()
         if end - start > AT_ONCE_PAGES:
             queue.appendleft((start + AT_ONCE_PAGES, end))
             end = start + AT_ONCE_PAGES
         with self._closing(space):
             for piece in space.pieces.within(start, end):
-                self._fill(space, piece, urgent=False)
+                self._fill(space, piece, urgent=False, fetch=queue is not space.hot)
 
     def here(self, pid: int, first: int, count: int) -> None:
         """Pages that were asked for have come: fill them in wherever they are missing."""
@@ -212,13 +213,14 @@ class Filler:
         elif problem:
             missing.wake(space.descriptor, page)
 
-    def _fill(self, space: Space, piece: Piece, *, urgent: bool) -> None:
+    def _fill(self, space: Space, piece: Piece, *, urgent: bool, fetch: bool = True) -> None:
         for first, slot, length in self._content.runs(space.pid, piece.source, piece.end - piece.start):
             start = piece.start + first - piece.source
             if slot == ABSENT:
                 space.pieces.cut(start, start + length)
             elif slot == ON_SOURCE:
-                self._want(space, start, first, length, urgent=urgent)
+                if fetch:
+                    self._want(space, start, first, length, urgent=urgent)
             elif not self._copy(space, start, slot, length):
                 space.queue.appendleft((piece.start, piece.end))  # when its events are read
                 if urgent:
