@@ -17,7 +17,7 @@ from labs.benchmarks.connections import ConnectionsBench
 from labs.benchmarks.files import FilesBench
 from labs.benchmarks.gap import GapBench
 from labs.benchmarks.measure import Row
-from labs.benchmarks.memory import MemoryBench
+from labs.benchmarks.memory import Memory, MemoryBench
 from labs.benchmarks.plain import LIMIT_S
 from labs.benchmarks.session import Settings, kernel, load_average
 from labs.benchmarks.tables import connections_table, files_table, gap_table, memory_tables
@@ -79,12 +79,18 @@ def cli() -> None:
     show_default=True,
     help="Memory in MB.",
 )
-@click.option("--shared", is_flag=True, help="One anonymous shared mapping, as a database has; else private memory.")
+@click.option(
+    "--shared",
+    "memory",
+    flag_value="shared",
+    help="One anonymous shared mapping, as a database has; else private memory.",
+)
+@click.option("--tmpfs", "memory", flag_value="tmpfs", help="One mapped file of the container's own /dev/shm.")
 @click.option("--dirty-mb-s", type=click.FloatRange(0, 1000), default=10, show_default=True)
 @click.option("--runs", type=click.IntRange(1, 50), default=5, show_default=True, help="Of which medians are shown.")
 @_shared
 def memory_command(
-    *, sizes: tuple[int, ...], shared: bool, dirty_mb_s: float, runs: int, mode: str, name: str, as_json: bool
+    *, sizes: tuple[int, ...], memory: Memory | None, dirty_mb_s: float, runs: int, mode: str, name: str, as_json: bool
 ) -> None:
     """Move a service with much memory, by livemove and plainly in turn.
 
@@ -98,7 +104,7 @@ def memory_command(
       labs/bench memory --sizes 64 --runs 1 --mode stop-copy --json
     """
     steps, found = Steps(Console(stderr=True)), list[Row]()
-    bench = MemoryBench(Settings(name, mode, steps), sizes, dirty_mb_s, runs, shared)
+    bench = MemoryBench(Settings(name, mode, steps), sizes, dirty_mb_s, runs, memory or "private")
     _run(bench, name, found, "cases", memory_tables, as_json=as_json)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from labs import workloads
 from labs.benchmarks import locks
@@ -40,6 +40,10 @@ AT_ONCE = 512
 """The client keeps asking every 2 ms even if answers are late, so that every late one is in the percentiles."""
 
 
+Memory = Literal["private", "shared", "tmpfs"]
+PROGRAMS: dict[Memory, str] = {"private": "pattern_server", "shared": "shared_server", "tmpfs": "tmpfs_server"}
+
+
 @dataclass(frozen=True)
 class MemoryBench:
     """Sizes to try, how fast the service writes, and how often each move is measured."""
@@ -48,7 +52,7 @@ class MemoryBench:
     sizes_mb: Sequence[int]
     dirty_mb_s: float
     runs: int
-    shared: bool = False
+    memory: Memory = "private"
 
     def run(self, cases: list[Row], problems: list[str]) -> None:
         """Fill in one case a size, as they come."""
@@ -80,7 +84,7 @@ class MemoryBench:
         workloads.stop(lab, service.workload)
         return {
             "memory_mb": size_mb,
-            "memory": "shared" if self.shared else "private",
+            "memory": self.memory,
             "used_memory_mb": used_mb,
             "dirty_mb_s": self.dirty_mb_s,
             "mode": "/".join(sorted({row["mode"] for row in taken[LIVEMOVE]})) or self.settings.mode,
@@ -91,8 +95,7 @@ class MemoryBench:
         }
 
     def _started(self, lab: Lab, size_mb: int) -> Service:
-        program = "shared_server" if self.shared else "pattern_server"
-        return Service.started(lab, memory_mb=size_mb, dirty_mb_s=self.dirty_mb_s, program=program)
+        return Service.started(lab, memory_mb=size_mb, dirty_mb_s=self.dirty_mb_s, program=PROGRAMS[self.memory])
 
     def _one(self, service: Service, kind: str) -> Row:
         """One move under the eyes of a client, and what it looked like."""
