@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import random
+import socket
 import stat
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from labs.programs.ballast import PAGE_BYTES
 from labs.programs.memory_regions import Region, Serials, fresh_mapping, note
 
 FOLDER = Path("/dev/shm/files")
-SMALL_FILES = 20
+SMALL_FILES, UMASK = 20, 0o22
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -107,6 +108,10 @@ class SmallFiles:
         self._removed = os.open(FOLDER / "removed", os.O_RDWR | os.O_CREAT)
         (FOLDER / "link").symlink_to("nowhere")
         os.mkfifo(FOLDER / "fifo", 0o620)
+        self._fifo = os.open(FOLDER / "fifo", os.O_RDWR | os.O_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(FOLDER / "socket"))
+        self._log = (FOLDER / "log").open("a+")
         (FOLDER / "removed").unlink()
 
     def change(self) -> None:
@@ -115,6 +120,7 @@ class SmallFiles:
         name = self._random.choice(sorted(self._files)) if self._files else ""
         text = f"{self._serial}\n" * 50
         os.pwrite(self._removed, text.encode(), 0)
+        print(self._serial, file=self._log, flush=True)
         if len(self._files) < SMALL_FILES:
             self._make(f"small-{self._serial}", text)
             return
@@ -142,7 +148,15 @@ class SmallFiles:
             self._expect((FOLDER / name).read_text() == text, f"the content of {name}")
             self._expect((stat.S_IMODE(status.st_mode), status.st_nlink) == (mode, links), f"the mode of {name}")
         self._expect(str((FOLDER / "link").readlink()) == "nowhere", "the symbolic link")
-        self._expect(stat.S_ISFIFO((FOLDER / "fifo").stat().st_mode), "the fifo")
+        self._expect(stat.S_IMODE((FOLDER / "fifo").stat().st_mode) == 0o620 & ~UMASK, "the mode of the fifo")
+        with (FOLDER / "fifo").open("w") as fifo:
+            fifo.write("by its name")
+        self._expect(os.read(self._fifo, 100) == b"by its name", "the fifo")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.sendto(b"by its name", str(FOLDER / "socket"))
+        self._expect(self._socket.recv(100, socket.MSG_DONTWAIT) == b"by its name", "the socket")
+        written = "".join(f"{number}\n" for number in range(1, self._serial + 1))
+        self._expect((FOLDER / "log").read_text() == written, "the log")
         text = f"{self._serial}\n" * 50 if self._serial else ""
         self._expect(os.pread(self._removed, len(text), 0).decode() == text, "the removed file")
         self._expect(os.fstat(self._removed).st_nlink == 0, "that the removed file has no name")

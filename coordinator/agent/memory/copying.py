@@ -274,10 +274,10 @@ class MemorySource:
             await asyncio.gather(self._last, return_exceptions=True)
         if self._busy is not None:  # cancelled while a thread was with the trackers, which one at a time may use
             await asyncio.wait((self._busy,))
+        self._tmpfs.close()
         if self._trackers is not None:
             trackers, self._trackers = self._trackers, None
             await asyncio.to_thread(trackers.close)
-        self._tmpfs.close()
 
     async def _begin(self, root_pid: int) -> None:
         def begin() -> None:
