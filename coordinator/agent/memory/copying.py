@@ -296,7 +296,7 @@ class MemorySource:
         ``fixed``: CRIU has been told what is ``external``."""
 
         def look(trackers: Trackers) -> dict[int, ProcessChanges]:
-            self._tmpfs.begin(last=last, fixed=fixed or last)
+            self._tmpfs.begin(last=last, fixed=fixed)
             changed = trackers.collect(last=last, files=self._tmpfs.known)
             self._tmpfs.take(changed.values(), last=last)
             return changed
