@@ -6,7 +6,8 @@ processes, podman's default, is left out, because a host may lack the controller
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from labs import config, oci
 from labs.machines import Host
@@ -30,9 +31,23 @@ def install(
     """Create the container, as it now is to be; `more`: options beside those of every one. Undo: `uninstall`."""
     assert workload.container
     rootfs = prepare(machine, workload.container)
-    options = ["--name", workload.container, "--network", "host", "--read-only", "--hostname", workload.name]
+    network = f"ns:/run/netns/{workload.netns}" if workload.netns else "host"
+    options = ["--name", workload.container, "--network", network, "--read-only", "--hostname", workload.name]
     options += [*(f"--env={name}={value}" for name, value in environment.items()), *more]
-    machine.run(["podman", "create", *options, "--rootfs", rootfs, *command])
+    with _some_namespace(machine, workload.netns):
+        machine.run(["podman", "create", *options, "--rootfs", rootfs, *command])
+
+
+@contextmanager
+def _some_namespace(machine: Host, name: str) -> Iterator[None]:
+    """podman creates no container for a namespace that is not there."""
+    if name:
+        machine.run(["ip", "netns", "add", name])
+    try:
+        yield
+    finally:
+        if name:
+            machine.run(["ip", "netns", "delete", name])
 
 
 def prepare(machine: Host, container: str) -> str:

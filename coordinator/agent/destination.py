@@ -74,13 +74,13 @@ class DestinationHalf(RestoringHalf):
         """Image space, then a closed gate, and only behind it the addresses: nobody learns that they are here."""
         self.deeds.record("files", before=self.files.look())
         self.files.make()
-        await self.runtime.prepare_restore()
         self.deeds.record("image_space")
         await self.images.create(self.plan.image_space_bytes)
         if self.plan.namespace is not None:
             await self.network.check_namespace()
             self.deeds.record("namespace")
             await self.network.make_namespace()
+        await self.runtime.prepare_restore()  # podman may have to make the container in its namespace
         self.deeds.record("gate")
         await self.network.open_hold()
         await self.network.set_gate(CLOSED)

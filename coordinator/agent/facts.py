@@ -19,7 +19,7 @@ from coordinator.agent.images import memory_available_bytes
 from coordinator.agent.memory.choose import choose_tracker
 from coordinator.agent.network import socket_facts, tree_socket_inodes
 from coordinator.agent.obstacles import obstacles, socket_obstacles
-from coordinator.agent.own_namespace import configured_path, own_namespace
+from coordinator.agent.own_namespace import own_namespace
 from coordinator.agent.process import first_explaining_line, run
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.runtimes.oci import stray_processes
@@ -215,11 +215,11 @@ async def describe_workload(
     # A plain process is this workload only where its address is: the same pid may run anything on another host.
     if tasks.state != "running" or (workload.runtime == "process" and not addresses):
         state = tasks.state if tasks.state != "running" else "absent"
-        path = configured_path(workload)
+        path = definition.network
         taken = str(path) if path is not None and path.exists() else ""
         stray = _stray(workload) if state == "absent" else ""
         return WorkloadFacts(state=state, namespace_taken=taken, runtime_problem=stray, **common)  # type: ignore[arg-type]
-    own = own_namespace(workload, tasks.root_pid)
+    own = own_namespace(workload, definition.network, tasks.root_pid)
     if own.facts is not None:
         its_own = set(workload.addresses) & set(own.facts.addresses)
         common["addresses"] = dict.fromkeys(its_own, (own.facts.interface,))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from netfix import namespace
 from netfix.attachment import Attachment, describe
 from netfix.errors import NetfixError
 
-_PODMAN_HINT = "Create the container on both hosts with --network host."
+_PODMAN_HINT = "Create the container on both hosts with --network host, or ns:PATH and a namespace that you make."
 _HINT = 'Give it a path in config.json, as in {"type": "network", "path": "/run/netns/NAME"}, on both hosts.'
 
 
@@ -36,33 +35,20 @@ class OwnNamespace:
             yield
 
 
-def own_namespace(workload: WorkloadSpec, root_pid: int) -> OwnNamespace:
-    """The network namespace of a running workload."""
+def own_namespace(workload: WorkloadSpec, configured: Path | None, root_pid: int) -> OwnNamespace:
+    """The network namespace of a running workload; ``configured``: the path of one that its definition names."""
     its = PROC / str(root_pid) / "ns/net"
     if namespace.same(its, PROC / str(os.getpid()) / "ns/net"):
         return OwnNamespace()
-    if workload.runtime == "podman":
-        return _refused("podman has given the container a network namespace of its own", _PODMAN_HINT)
-    path = configured_path(workload)
-    if path is None or not namespace.same(path, its):
-        what = f"{path} in config.json is another one" if path else "config.json names no path for it"
-        return _refused(f"the workload has a network namespace of its own, and {what}", _HINT)
+    if configured is None or not namespace.same(configured, its):
+        by_podman = workload.runtime == "podman"
+        where, hint = ("podman's --network", _PODMAN_HINT) if by_podman else ("config.json", _HINT)
+        what = f"{configured} in {where} is another one" if configured else f"{where} names no path for it"
+        return _refused(f"the workload has a network namespace of its own, and {what}", hint)
     try:
-        return OwnNamespace(facts_of(path, describe(path)))
+        return OwnNamespace(facts_of(configured, describe(configured)))
     except NetfixError as error:
         return _refused(error.message, error.hint)
-
-
-def configured_path(workload: WorkloadSpec) -> Path | None:
-    """The path of a network namespace in the container's configuration (OCI runtime specification, config-linux)."""
-    if workload.bundle is None:
-        return None
-    try:
-        config = json.loads((Path(workload.bundle) / "config.json").read_bytes())
-        named = [each.get("path") for each in config["linux"]["namespaces"] if each["type"] == "network"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # the bundle's problem is told where its digest is made
-    return Path(named[0]) if named and named[0] else None
 
 
 def facts_of(path: Path, attachment: Attachment) -> NamespaceFacts:

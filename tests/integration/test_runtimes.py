@@ -112,6 +112,30 @@ def test_files_come_along(packaged_lab: Lab, tmp_path: Path, runtime: str) -> No
         scene.close()
 
 
+def test_podman_in_a_network_namespace_that_the_operator_made(packaged_lab: Lab) -> None:
+    addresses = ("192.0.2.243/24", "2001:db8::243/64")
+    packaged_lab.add_workload(config.Workload("podveth", "podman", addresses, container="podveth", network="veth"))
+    with packaged_lab.bridges():
+        scene = Scene.start(packaged_lab, "podveth", network="veth")
+        try:
+            scene.begin_hop()
+            with failing_criu(packaged_lab.host("beta"), "swrk"):
+                said = migrate(packaged_lab, "podveth", "beta")
+            assert said.status == 4, said.stdout + said.stderr
+            scene.unharmed("alpha")
+            for destination in ("beta", "alpha"):
+                scene.begin_hop()
+                said = migrate(packaged_lab, "podveth", destination)
+                assert said.status == 0, said.stdout + said.stderr
+                assert said.report["connections"] == {"established": CONNECTIONS, "restored": CONNECTIONS}
+                scene.unharmed(destination)
+                assert agreed(scene) == {destination: "running"}
+        finally:
+            scene.close()
+            for host in ("alpha", "beta", "gamma"):
+                workloads.uninstall(packaged_lab, scene.workload, host)
+
+
 #: By controller: the file of cgroup v2, and what `oci.with_limits` has written there.
 LIMITS = {"hugetlb": ("hugetlb.2MB.max", 8 << 20), "memory": ("memory.max", 1 << 30), "pids": ("pids.max", 500)}
 

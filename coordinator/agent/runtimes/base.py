@@ -33,13 +33,15 @@ class Mount:
 class Definition:
     """What a restore needs of a workload on a host beside its tasks. ``digest`` is the same where it is the same;
     ``problem``: why it cannot be used; ``obstacles``: what of it cannot be moved; ``mounts``: what it has of the
-    host's files, whether they are there or not."""
+    host's files, whether they are there or not; ``network``: the path of the network namespace it is to run in, if it
+    names one."""
 
     present: bool = True
     digest: str = ""
     problem: str = ""
     obstacles: tuple[Obstacle, ...] = ()
     mounts: tuple[Mount, ...] = ()
+    network: Path | None = None
 
 
 class Runtime(Protocol):

@@ -115,7 +115,9 @@ def bundle_definition(bundle: Path) -> Definition:
             if {"bind", "rbind"} & set(options := each.get("options", ())):
                 source = os.path.normpath(bundle / each["source"])
                 mounts.append(Mount(source, os.path.normpath(each["destination"]), "ro" not in options))
-        devices = [each["path"] for each in config.get("linux", {}).get("devices") or ()]
+        linux = config.get("linux", {})
+        devices = [each["path"] for each in linux.get("devices") or ()]
+        networks = [each.get("path") for each in linux.get("namespaces") or () if each["type"] == "network"]
     except FileNotFoundError:
         return Definition(present=False, problem=f"{file} does not exist")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -125,6 +127,7 @@ def bundle_definition(bundle: Path) -> Definition:
         problem="" if root.is_dir() and any(root.iterdir()) else f"{root} is not there or empty",
         obstacles=host_devices(devices),
         mounts=tuple(mounts),
+        network=Path(networks[0]) if networks and networks[0] else None,
     )
 
 

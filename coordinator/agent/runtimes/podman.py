@@ -83,7 +83,8 @@ class PodmanRuntime:
         if about is None:
             return Definition(present=False, problem=f"podman has no container {self._name} on this host")
         obstacles = (*obstacles_of(about), *_shm(about), *unused_terminal(about))
-        return Definition(digest=digest_of(about), obstacles=obstacles, mounts=mounts_of(about))
+        network = network_of(about)
+        return Definition(digest=digest_of(about), obstacles=obstacles, mounts=mounts_of(about), network=network)
 
     async def prepare_restore(self) -> None:
         """See ``Runtime``. A container that never ran is initialised once, because podman restores only one that has
@@ -165,6 +166,12 @@ def mounts_of(about: dict[str, Any]) -> tuple[Mount, ...]:
     root = Mount("", "/", not about["HostConfig"].get("ReadonlyRootfs", False), root=True)
     volumes = [each for each in about["Mounts"] if each["Type"] in ("bind", "volume")]
     return (root, *(Mount(each["Source"], each["Destination"], each["RW"]) for each in volumes))
+
+
+def network_of(about: dict[str, Any]) -> Path | None:
+    """The network namespace that a container was given by its path (pure): podman does nothing to it."""
+    kind, _, path = str(about["HostConfig"].get("NetworkMode") or "").partition(":")
+    return Path(path) if kind == "ns" else None
 
 
 def obstacles_of(about: dict[str, Any]) -> tuple[Obstacle, ...]:

@@ -11,7 +11,9 @@ import pytest
 
 from coordinator.agent.namespaced import NamespacedNetwork, attachment_of
 from coordinator.agent.network import NetfixNetwork
-from coordinator.agent.own_namespace import OwnNamespace, configured_path, facts_of, own_namespace
+from coordinator.agent.own_namespace import OwnNamespace, facts_of, own_namespace
+from coordinator.agent.runtimes.oci import bundle_definition
+from coordinator.agent.runtimes.podman import network_of
 from coordinator.errors import NetworkChangeFailed
 from coordinator.facts import NamespaceFacts, RouteFacts, WorkloadSpec
 from coordinator.wire import decode, encode
@@ -48,13 +50,20 @@ def workload(bundle: Path) -> WorkloadSpec:
     ],
 )
 def test_the_path_is_the_configuration_s(tmp_path: Path, namespaces: object, path: Path | None) -> None:
-    assert configured_path(workload(tmp_path)) is None
-    (tmp_path / "config.json").write_text(json.dumps({"linux": {"namespaces": namespaces}}))
-    assert configured_path(workload(tmp_path)) == path
+    config = {"root": {"path": "rootfs"}, "linux": {"namespaces": namespaces}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert bundle_definition(tmp_path).network == path
+
+
+@pytest.mark.parametrize(
+    ("mode", "path"), [("ns:/run/netns/c", Path("/run/netns/c")), ("host", None), ("bridge", None), ("", None)]
+)
+def test_of_podman_it_is_an_option_s(mode: str, path: Path | None) -> None:
+    assert network_of({"HostConfig": {"NetworkMode": mode}}) == path
 
 
 def test_a_workload_in_the_host_s_namespace_has_none_of_its_own(tmp_path: Path) -> None:
-    assert own_namespace(workload(tmp_path), os.getpid()) == OwnNamespace()
+    assert own_namespace(workload(tmp_path), None, os.getpid()) == OwnNamespace()
     with OwnNamespace().entered():
         pass
 

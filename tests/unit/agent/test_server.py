@@ -126,7 +126,7 @@ def test_a_workload_is_moved_once_at_a_time(tmp_path: Path) -> None:
 
 def test_what_fails_while_preparing_keeps_its_type_and_is_undone(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
-        stage.destination.life.fail_at = 4
+        stage.destination.life.fail_at = 3
         with pytest.raises(NotEnoughSpace):
             await stage.destination.call(prepare(stage))
 
