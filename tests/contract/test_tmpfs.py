@@ -113,6 +113,7 @@ class Looks:
     def complete(self) -> int:
         """The last look, and whether the other tmpfs is the same then."""
         found = self.look(last=True)
+        asyncio.run(self.tmpfs.send(self._link))
         asyncio.run(self.tmpfs.complete(self._link))
         assert contents(self.there) == contents(self.here)
         return found

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from coordinator.agent.channel import Channel, expect, peer_aborted
+from coordinator.agent.channel import CHUNK_BYTES, Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, Changes, HeldFiles, PageRun, ProcessChanges
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
@@ -211,9 +211,11 @@ class MemorySource:
         changed = await (self._last or self._send_last(root_pid, link))
         if self.hidden is not None:
             self.report.last_bytes += await hand_over(link, self._shared, self.hidden.objects, changed.values())
+        self.report.last_bytes += await self._tmpfs.complete(link)
 
     async def _send_last(self, root_pid: int, link: Channel) -> dict[int, ProcessChanges]:
-        """What does not depend on shared memory's images; returns what the last look has found."""
+        """What does not depend on what CRIU does after the tasks: it makes images of shared memory, and folders of its
+        own in a tmpfs (criu/mount.c, get_clean_mnt). Returns what the last look has found."""
         if self._trackers is None:
             if self.lazy:
                 self._know_frozen(self._processes(root_pid))
@@ -224,7 +226,8 @@ class MemorySource:
         self._know_frozen({each.inner_pid: each.pid for each in changed.values()})
         for pid in self._trackers.take_gone():
             await link.send(ProcessGone(pid=pid))
-        self.report.last_bytes += await self._tmpfs.complete(link)
+        # In larger pieces than in a round, as nobody else wants this processor.
+        self.report.last_bytes += await self._tmpfs.send(link, at_once=CHUNK_BYTES)
         if self.fetched_later:
             self._shared.outdate(changed.values())
         else:

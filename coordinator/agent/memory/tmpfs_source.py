@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from coordinator.agent.channel import CHUNK_BYTES, Channel
+from coordinator.agent.channel import Channel
 from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, HeldFiles, ProcessChanges
 from coordinator.agent.memory.pages import BATCH_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
@@ -65,11 +65,12 @@ class TmpfsSource(Protocol):
     def dirty_bytes(self) -> int:
         """What there is to send, by the last look."""
 
-    async def send(self, link: Channel) -> int:
-        """Send what the last look has found of the large files; returns the bytes."""
+    async def send(self, link: Channel, *, at_once: int = BATCH_BYTES) -> int:
+        """Send what the last look has found of the large files, so many bytes at once; returns the bytes."""
 
     async def complete(self, link: Channel) -> int:
-        """After the last look: send that, and everything else; returns the bytes."""
+        """When what the last look has found is sent, and CRIU's dump is complete: send everything else; returns the
+        bytes."""
 
     @property
     def external(self) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ class NoTmpfs:
     def take(self, answers: Iterable[ProcessChanges], *, last: bool = False) -> None:
         """See ``TmpfsSource``."""
 
-    async def send(self, link: Channel) -> int:
+    async def send(self, link: Channel, *, at_once: int = BATCH_BYTES) -> int:
         """See ``TmpfsSource``."""
         return 0
 
@@ -123,7 +124,6 @@ class OwnTmpfs:
         self._told: dict[int, int] = {}  # by a file's number, that of its mount
         self._gone: list[int] = []
         self._pids: tuple[int, ...] = ()
-        self._found: list[list[Found]] = []
 
     def begin(self, *, last: bool = False, fixed: bool = False) -> None:
         """See ``TmpfsSource``."""
@@ -134,13 +134,11 @@ class OwnTmpfs:
         elif lost := {mount.at.point for mount in self._mounts} - {each.point for each in points}:
             raise _no_more(min(lost), "what is mounted there has changed")
         opens: dict[Key, Callable[[], int]] = {}
-        self._found = []
         for mount in self._mounts:
             try:
                 found = list(walk(mount.root))
             except OSError as error:
                 raise _no_more(mount.at.point, str(error)) from error
-            self._found.append(found)
             for each in found:
                 if each.large:
                     opens[mount.at.device, each.status.st_ino] = partial(_open, mount.root, each)
@@ -194,11 +192,8 @@ class OwnTmpfs:
         """See ``TmpfsSource``."""
         return tuple(f"mnt[{mount.at.point}]:{cookie(mount.number)}" for mount in self._mounts)
 
-    async def send(self, link: Channel) -> int:
+    async def send(self, link: Channel, *, at_once: int = BATCH_BYTES) -> int:
         """See ``TmpfsSource``."""
-        return await self._send_files(link, BATCH_BYTES)
-
-    async def _send_files(self, link: Channel, step: int) -> int:
         for mount in self._mounts:
             if not mount.told:
                 mount.told = True
@@ -209,7 +204,7 @@ class OwnTmpfs:
                 await link.send(TmpfsFileGone(number=number))
         self._gone.clear()
         devices = {mount.at.device: mount.number for mount in self._mounts}
-        return sum([await self._send(link, file, devices[file.key[0]], step) for file in self._files.files.values()])
+        return sum([await self._send(link, file, devices[file.key[0]], at_once) for file in self._files.files.values()])
 
     async def _send(self, link: Channel, file: File, mount: int, step: int) -> int:
         if file.number not in self._told:
@@ -229,12 +224,12 @@ class OwnTmpfs:
 
     async def complete(self, link: Channel) -> int:
         """See ``TmpfsSource``."""
-        sent = await self._send_files(link, CHUNK_BYTES)  # nobody else wants the processor now
-        for mount, found in zip(self._mounts, self._found, strict=True):
+        sent = 0
+        for mount in self._mounts:
             here = (each for each in self._files.files.values() if each.key[0] == mount.at.device)
             numbers = {each.key[1]: each.number for each in here}
             try:
-                lists = list(listed(mount.root, found, numbers))
+                lists = list(listed(mount.root, walk(mount.root), numbers))
             except (OSError, KeyError) as error:
                 raise _no_more(mount.at.point, repr(error)) from error
             for at, (entries, contents) in enumerate(lists, 1):
