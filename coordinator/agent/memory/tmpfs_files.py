@@ -90,7 +90,9 @@ class Files:
 
     def begin(self, found: dict[Key, Callable[[], int]], pids: Iterable[int], *, last: bool) -> list[int]:
         """Begin a look at the files that there are, each with what opens it for reading; returns the numbers of those
-        that are gone. ``last``: the workload is frozen, and nothing is asked for the sake of later looks."""
+        that are gone. ``last``: the workload is frozen.
+
+        Takes some 3 µs for each descriptor of the processes, if there is a file."""
         gone = [key for key in self._files if key not in found]
         numbers = [self._files[key].number for key in gone]
         for key in gone:
@@ -100,7 +102,7 @@ class Files:
                 with suppress(FileNotFoundError):  # gone already
                     self._meet(key, opens())
         self._hear()
-        self._held = None if last else holders.held_by(pids, self._of_descriptor)
+        self._held = holders.held_by(pids, self._of_descriptor) if self._files else None
         for file in self._files.values():
             file.data = extents(file.descriptor, 0, os.fstat(file.descriptor).st_size)
         return numbers
@@ -113,7 +115,7 @@ class Files:
         for key, file in self._files.items():
             mapped = frozenset((each.pid, each.started, mapping) for each, mapping in seen.get(key, ()))
             lost = file.mapped - mapped or any(mapping.backing is not Backing.SHMEM for *_, mapping in mapped)
-            if file.told or others_wrote or lost or not file.closed:
+            if file.told or others_wrote or lost or not (file.closed and self._is_free(key)):
                 file.right = []
             for each, mapping in seen.get(key, ()):
                 runs = (*each.changes.dirty, *each.changes.dropped)
@@ -128,7 +130,7 @@ class Files:
     def _close(self, pids: Iterable[int]) -> None:
         """Find out which files are closed in this look."""
         for key, file in self._files.items():
-            file.closed = file.watched and self._held is not None and key not in self._held
+            file.closed = file.watched and self._is_free(key)
             file.nobody_outside &= file.closed and not file.told
         doubtful = [file for file in self._files.values() if file.closed and not file.nobody_outside]
         if doubtful:
@@ -137,6 +139,11 @@ class Files:
                 file.nobody_outside = file.key not in outside
         for file in self._files.values():
             file.closed &= file.nobody_outside
+
+    def _is_free(self, key: Key) -> bool:
+        """Whether nobody in the tree could have mapped the file when this look began. (That somebody can now who could
+        not in the look before is mostly told, but for a descriptor that was on its way while they were looked up.)"""
+        return self._held is not None and key not in self._held
 
     @property
     def dirty_pages(self) -> int:
