@@ -26,9 +26,10 @@ R = TypeVar("R")
 
 PROGRESS_INTERVAL_MS = 100.0
 
-#: Phases of the freeze. To tell of one takes processors that the freeze has better use for (a millisecond here, more
-#: where the coordinator is): it is done when the freeze is over, or has become so long that somebody wants to know.
-IN_FREEZE = frozenset({Phase.FROZEN, Phase.DUMPED, Phase.STAGED, Phase.COMMITTED})
+#: Phases of the freeze, and the moment in which clients get their first answers. To tell of one takes processors that
+#: these have better use for (a millisecond here, more where the coordinator is): it is done later, or when the freeze
+#: has become so long that somebody wants to know.
+IN_FREEZE = frozenset({Phase.FROZEN, Phase.DUMPED, Phase.STAGED, Phase.COMMITTED, Phase.RESUMED})
 LONG_FREEZE_S = 0.5
 
 #: Seconds on a clock that only goes forward; ``time.monotonic`` but in tests.

@@ -29,13 +29,13 @@ from typing import Literal
 
 from coordinator.agent.tasks import process_tree, threads
 
-Pace = Literal["background", "urgent", "usual"]
+Pace = Literal["background", "urgent", "usual", "serving"]
 
 _URGENT_NICE, _BACKGROUND_NICE = -10, 19
 #: Of the session's group: a weight of 110 beside 1024 (kernel/sched/core.c, sched_prio_to_weight).
 _BACKGROUND_GROUP_NICE = 10
 #: The shortest that Linux takes (kernel/sched/syscalls.c, __setparam_fair), in nanoseconds; 0: as everybody.
-_BACKGROUND_SLICE_NS = 100_000
+_SHORT_SLICE_NS = 100_000
 
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 #: struct sched_attr (include/uapi/linux/sched/types.h) as far as sched_period: size, policy, flags, nice, priority,
@@ -48,10 +48,13 @@ _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.
 
 def set_pace(pace: Pace) -> None:
     """``background``: let everybody else on this host go first. ``urgent``: go before ordinary processes, with all that
-    this process has started, as a CRIU that was loaded in the background. ``usual``: be an ordinary process."""
+    this process has started, as a CRIU that was loaded in the background. ``usual``: be an ordinary process.
+    ``serving``: an ordinary one that others wait for, and that works on when nobody does: who wakes does not wait long
+    for it, nor it for others when it wakes."""
     background = pace == "background"
-    policy, slice_ns = (os.SCHED_BATCH, _BACKGROUND_SLICE_NS) if background else (os.SCHED_OTHER, 0)
-    nice = {"background": _BACKGROUND_NICE, "urgent": _URGENT_NICE, "usual": 0}[pace]
+    policy = os.SCHED_BATCH if background else os.SCHED_OTHER
+    slice_ns = _SHORT_SLICE_NS if pace in ("background", "serving") else 0
+    nice = {"background": _BACKGROUND_NICE, "urgent": _URGENT_NICE}.get(pace, 0)
     for pid in process_tree(os.getpid()) if pace == "urgent" else [os.getpid()]:
         _set(pid, policy, nice, slice_ns)
         _set_group(pid, _BACKGROUND_GROUP_NICE if background else nice)
@@ -61,7 +64,7 @@ def step_back(pids: Iterable[int]) -> None:
     """What was urgent has been done: let everybody else go before these processes. Their session's group becomes an
     ordinary one and no less, because restored tasks may have come to be in it."""
     for pid in pids:
-        _set(pid, os.SCHED_BATCH, _BACKGROUND_NICE, _BACKGROUND_SLICE_NS)
+        _set(pid, os.SCHED_BATCH, _BACKGROUND_NICE, _SHORT_SLICE_NS)
         _set_group(pid, 0)
 
 

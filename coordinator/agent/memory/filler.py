@@ -42,6 +42,7 @@ from coordinator.agent.memory.store import (
     blocks_of,
     contiguous,
 )
+from coordinator.agent.priority import set_pace
 
 #: A fault brings the aligned group of so many pages along: one costs some 20 µs, copying a page 0.3.
 AROUND_PAGES = 32
@@ -354,6 +355,7 @@ class Conversation:
             self._filler = Filler(Content(*self._files, directory, message["slots"]), self._want)
         elif self._filler is not None and "begin" in message:
             self._filler.settled = True
+            set_pace("serving")  # in the freeze it was urgent; from here on the tasks are
         elif self._filler is not None:
             self._filler.here(*message["here"])
         return True

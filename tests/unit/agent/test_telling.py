@@ -48,16 +48,16 @@ def told(folder: Path, steps: Steps) -> list[str]:
 
 
 BEFORE = [Phase.PREPARED, Phase.COPYING, Phase.DIVERTED]
-FREEZE = [Phase.FROZEN, Phase.DUMPED, Phase.STAGED, Phase.COMMITTED]
+FREEZE = [Phase.FROZEN, Phase.DUMPED, Phase.STAGED, Phase.COMMITTED, Phase.RESUMED]
 
 
-def freeze(half: Half, until: Phase = Phase.COMMITTED) -> None:
+def freeze(half: Half, until: Phase = Phase.RESUMED) -> None:
     for phase in FREEZE[: FREEZE.index(until) + 1]:
         half.enter(phase)
         half.progress("images", 1, 1)
 
 
-@pytest.mark.parametrize(("until", "after"), [(Phase.COMMITTED, Phase.RESUMED), (Phase.DUMPED, Phase.ABORTED)])
+@pytest.mark.parametrize(("until", "after"), [(Phase.RESUMED, Phase.RELEASED), (Phase.DUMPED, Phase.ABORTED)])
 def test_phases_of_a_short_freeze_are_told_in_their_order_when_it_is_over(
     tmp_path: Path, until: Phase, after: Phase
 ) -> None:
