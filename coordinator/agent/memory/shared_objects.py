@@ -4,10 +4,10 @@ A process's page table tells neither: a page of a shared object may hold somethi
 or fallocate(2) on a memfd or a file of /dev/shm touches no mapping. So the object itself is asked, through
 /proc/PID/map_files (proc(5)): its data extents by lseek(SEEK_DATA), and its times.
 
-The times change with every write, also with one through a mapping (mm/memory.c, fault_dirty_shared_page). So once they
-changed, an object that can have a descriptor is dirty as a whole. Memory that never has one, which is that of
-MAP_SHARED | MAP_ANONYMOUS and of System V, is changed through mappings only, and told page for page as long as all who
-have mapped it are asked; so is a memfd whose descriptors are closed (``memfds``).
+The times change with every write through a descriptor, and with most through a mapping (those that fault; mm/memory.c,
+fault_dirty_shared_page). So once they changed, an object that can have a descriptor is dirty as a whole. Memory that
+never has one, which is that of MAP_SHARED | MAP_ANONYMOUS and of System V, is changed through mappings only, and told
+page for page as long as all who have mapped it are asked; so is a memfd whose descriptors are closed (``memfds``).
 """
 
 from __future__ import annotations
