@@ -41,7 +41,8 @@ class Channel(Protocol):
     """A reliable, ordered, private stream of messages to the other half."""
 
     async def send(self, message: ChannelMessage, payload: bytes = b"") -> None:
-        """Send one message; raise ``ChannelFailed`` if the link is down."""
+        """Send one message; raise ``ChannelFailed`` if the link is down. Several tasks may send at a time: their
+        messages come one after the other."""
 
     async def receive(self) -> tuple[ChannelMessage, bytes]:
         """The next message; raise ``ChannelFailed`` if the link is down."""

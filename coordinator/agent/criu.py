@@ -211,6 +211,7 @@ class CriuRestore(CriuRun):
         self._hold = hold
         self._moves = GroupMoves.begun()
         self._root_pid = 0
+        self._resumed = False
 
     def let_go(self) -> None:
         """See ``Restore``."""
@@ -247,7 +248,7 @@ class CriuRestore(CriuRun):
     async def resumed(self) -> None:
         """See ``Restore``."""
         await self._passes(POST_RESUME)
-        priority.step_back(set(process_tree(self._running.pid)) - set(process_tree(self._root_pid)))
+        self._resumed = True
 
     async def _passes(self, action: str) -> None:
         passed = self._hook.arrival(action)
@@ -256,7 +257,10 @@ class CriuRestore(CriuRun):
             raise self._failure()
 
     async def end(self) -> None:
-        """See ``Restore``. After an abort CRIU fails, as it should: that is not our error."""
+        """See ``Restore``. After an abort CRIU fails, as it should: that is not our error. When the tasks run, nobody
+        waits for what it still does."""
+        if self._resumed:
+            priority.step_back(set(process_tree(self._running.pid)) - set(process_tree(self._root_pid)))
         status = await self._ended()
         if status != 0 and '"phase":"COMMITTED"' in self._journal.read_text():
             raise self._failure()

@@ -229,19 +229,26 @@ class DestinationHalf(RestoringHalf):
         """After COMMITTED: let the tasks run, let go of what was held for them, tell the source, clean up.
 
         What is sent gets out first: CRIU's window probes make every peer send at once what it has. The held packets
-        follow as soon as the sockets take them, in their order: the tasks find them there. From here on nothing stops
-        this half: what fails leaves it in doubt, for a recovery to do again, and memory still comes in."""
+        follow as soon as the sockets take them, in their order, while CRIU lets go of the tasks: with thousands of
+        them, the tasks run first. From here on nothing stops this half: what fails leaves it in doubt, for a recovery
+        to do again, and memory still comes in."""
         doubts: list[LivemoveError] = []
         await self._attempt(self._let_out, doubts)  # what they send is lost behind the gate, and they send it again
+        releasing: asyncio.Future[None] | None = None
         try:
             await self._connect()
-            await self._attempt(self._release_held, doubts)
+            releasing = asyncio.ensure_future(self._attempt(self._release_held, doubts))
             await self._resume()
         except Exception as error:
+            if releasing is not None:
+                await releasing
             self.let_go()  # the journal has COMMITTED: with or without us, the tasks run
             self._linger()
             return self.result("in_doubt", self._lost(as_livemove_error(error, "resuming the tasks")))
-        for step in (self._say_resumed, self._end_restore, self._adopt, self._record_resumed, self._mend):
+        await self._attempt(self._say_resumed, doubts)
+        await releasing
+        self.adapters.pace("background")
+        for step in (self._end_restore, self._adopt, self._record_resumed, self._mend):
             await self._attempt(step, doubts)
         self.let_go()
         if (failure := await self._fill_in()) is not None:
@@ -291,7 +298,6 @@ class DestinationHalf(RestoringHalf):
         if self.channel is not None:
             with contextlib.suppress(ChannelFailed):
                 await self.channel.send(Resumed())
-            self.adapters.pace("background")
 
     async def _adopt(self) -> None:
         if not self._root_pid:

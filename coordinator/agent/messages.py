@@ -122,7 +122,7 @@ class Go(ChannelMessage):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(ChannelMessage):
-    """Destination: the tasks run, the gate is open."""
+    """Destination: the tasks run, and what was held for them is on its way to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,11 +129,11 @@ class SourceHalf(DumpingHalf):
             await self._dumped(dump)
             self.enter(Phase.DUMPED)
             self.part("CRIU dumps")
+            await self.memory.last(self._root_pid, self._link())  # it has begun, and a pass of files is undivided
+            self.part("last pages sent")
             await self.files.last(self._root_pid, self._link())
             if self.files.wanted:
                 self.part("files")
-            await self.memory.last(self._root_pid, self._link())
-            self.part("last pages sent")
             await self._send_images()
             sizes = dict(self._sent.sizes)
             await self._link().send(ImagesComplete(sizes=sizes, pages_later=self.memory.fetched_later))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import pytest
 
 from coordinator.agent.fakes.clock import run
+from coordinator.agent.half import Half
 from coordinator.config import Configuration, Host
 from coordinator.errors import DeadlineExceeded, ExitCode, HostUnreachable, Interrupted, SessionLost, UnknownMigration
 from coordinator.events import Event, EventSink
@@ -177,24 +178,14 @@ def test_interrupted_at_every_await_of_a_half(
 
 @pytest.mark.parametrize("host", ["alpha", "beta"])
 @pytest.mark.parametrize("phase", ["COPYING", "DIVERTED", "FROZEN", "DUMPED", "STAGED", "COMMITTED", "RESUMED"])
-def test_a_session_that_is_lost_changes_nothing(lab: Lab, host: str, phase: str) -> None:
+def test_a_session_that_is_lost_changes_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, host: str, phase: str
+) -> None:
     """The halves go on by themselves, and the recovery over a new session says how it ended."""
     sessions: dict[str, Session] = {}
     lab.trouble = {(name, RunHalf): lambda s: sessions.update({s.host.name: s}) for name in ("alpha", "beta")}
 
-    def lose(event: Event) -> None:
-        if event.kind == "phase" and event.name == phase and event.host == host:
-            sessions.pop(host).lose()
-
-    # The agents' events do not pass through these sessions: watch the journal's events at their origin.
-    agent = lab.processes[host].agent
-    emit = agent.emit
-
-    def watched(event: Event) -> None:
-        emit(event)
-        lose(event)
-
-    agent.emit = watched  # type: ignore[method-assign]
+    when_first_entered(monkeypatch, host, phase, lambda: sessions.pop(host).lose())
     result = run(lab.migrate())
     assert result.outcome == "moved"
     assert verdict_of_lab(lab) == "moved"
@@ -211,10 +202,12 @@ def test_a_half_that_cannot_be_prepared_refuses_and_undoes_the_other(lab: Lab, t
     assert ("beta", Abort) in lab.calls or host == "beta"
 
 
-def test_a_host_that_stays_away_leaves_it_in_doubt_and_recover_finishes(lab: Lab) -> None:
+def test_a_host_that_stays_away_leaves_it_in_doubt_and_recover_finishes(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the commit point and the word that the tasks run; without memory that is still to come."""
     mode(lab, "stop-copy")
-    dies_at(lab, "COMMITTED")
+    dies_at(monkeypatch, lab, "COMMITTED")
 
     async def story() -> str:
         result = await lab.migrate()
@@ -231,25 +224,35 @@ def test_a_host_that_stays_away_leaves_it_in_doubt_and_recover_finishes(lab: Lab
     assert run(story()) == verdict_of_lab(lab)
 
 
-def dies_at(lab: Lab, phase: str) -> None:
+def when_first_entered(monkeypatch: pytest.MonkeyPatch, host: str, phase: str, act: Callable[[], None]) -> None:
+    """Do something when the half on a host enters a phase, which others may be told of later; once."""
+    enter, acts = Half.enter, [act]
+
+    def watched(half: Half, entered: Phase, **how: Any) -> None:
+        enter(half, entered, **how)
+        if (half.host, entered.value) == (host, phase) and acts:
+            acts.pop()()
+
+    monkeypatch.setattr(Half, "enter", watched)
+
+
+def dies_at(monkeypatch: pytest.MonkeyPatch, lab: Lab, phase: str) -> None:
     """Beta's agent is killed, and beta cannot be reached, when its half enters a phase."""
-    agent, life = lab.processes["beta"].agent, lab.stage.destination.life
-    emit = agent.emit
 
-    def watched(event: Event) -> None:
-        emit(event)
-        if event.kind == "phase" and event.name == phase:
-            lab.unreachable.add("beta")
-            life.kill()
+    def die() -> None:
+        lab.unreachable.add("beta")
+        lab.stage.destination.life.kill()
 
-    agent.emit = watched  # type: ignore[method-assign]
+    when_first_entered(monkeypatch, "beta", phase, die)
 
 
 @pytest.mark.parametrize("phase", ["COMMITTED", "RESUMED"])
-def test_a_service_that_has_lost_its_memory_is_told_and_never_called_moved(lab: Lab, phase: str) -> None:
+def test_a_service_that_has_lost_its_memory_is_told_and_never_called_moved(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     """Post-copy: the destination's agent ends before all memory is in the tasks, and the guard has killed them."""
     mode(lab, "post-copy")
-    dies_at(lab, phase)
+    dies_at(monkeypatch, lab, phase)
 
     async def story() -> None:
         first = await lab.migrate()
@@ -268,10 +271,12 @@ def test_a_service_that_has_lost_its_memory_is_told_and_never_called_moved(lab: 
 
 
 @pytest.mark.parametrize("phase", ["COMMITTED", "RESUMED"])
-def test_a_service_whose_memory_has_all_arrived_outlives_the_agent(lab: Lab, phase: str) -> None:
+def test_a_service_whose_memory_has_all_arrived_outlives_the_agent(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     """Pre-copy: the destination's agent ends before all memory is in the tasks, and the filler goes on without it."""
     mode(lab, "pre-copy")
-    dies_at(lab, phase)
+    dies_at(monkeypatch, lab, phase)
 
     async def story() -> None:
         first = await lab.migrate()
