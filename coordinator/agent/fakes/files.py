@@ -7,7 +7,7 @@ from typing import Any
 from coordinator.agent.channel import Channel, expect
 from coordinator.agent.fakes.world import Life
 from coordinator.agent.messages import SyncBegin, SyncBytes, SyncEnded
-from coordinator.errors import FilesChanged, FilesNotCopied
+from coordinator.errors import FilesChanged, FilesNotCopied, ProtocolError
 from coordinator.events import Progress
 
 
@@ -79,7 +79,9 @@ class FakeFilesTarget:
     async def receive(self, link: Channel, begin: SyncBegin) -> None:
         """See ``FilesTarget``."""
         await self._life.verb("files received", FilesNotCopied("no rsync"))
-        _, payload = await link.receive()
+        message, payload = await link.receive()
+        if not isinstance(message, SyncBytes):
+            raise ProtocolError(f"the other half sent {type(message).__name__} in the middle of a pass")
         self._machine.volume = int(payload)
         await link.send(SyncEnded(status=0, said=""))
 
