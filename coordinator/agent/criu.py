@@ -21,8 +21,8 @@ from coordinator.agent.tasks import process_tree
 from coordinator.agent.terminals import mend
 from coordinator.errors import DumpFailed, LivemoveError, RestoreFailed
 
-#: How long, and in which steps, it is waited until CRIU is loaded.
-_LOAD_LOOKS, _LOAD_LOOK_S = 200, 0.005
+#: How long it is waited until CRIU is loaded, and how long between two looks.
+_LOAD_S, _LOAD_LOOK_S = 1.0, 0.005
 
 #: Is told the pid of a command.
 Started = Callable[[int], None]
@@ -221,9 +221,9 @@ class CriuRestore(CriuRun):
 
     async def loaded(self) -> None:
         """See ``Restore``."""
-        for _ in range(_LOAD_LOOKS):
-            if self._hold.reached_by(process_tree(self._running.pid)):
-                return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _LOAD_S
+        while loop.time() < until and not self._hold.reached_by(process_tree(self._running.pid)):
             await asyncio.wait((self._exit,), timeout=_LOAD_LOOK_S)
             if self._exit.done():
                 raise self._failure()
