@@ -81,6 +81,7 @@ class DumpingHalf(Half):
             self._dump.step_back()
 
     async def _end_dump(self) -> None:
+        """Let CRIU go on, as the journal says, and wait for its end; in a recovery, that of another agent's CRIU."""
         if self._dump is not None:
             async with asyncio.timeout(self.plan.deadlines.release_s):
                 await self._dump.end()
@@ -96,10 +97,6 @@ class DumpingHalf(Half):
         except (LivemoveError, OSError) as error:
             self.warn(f"ending the tracking of memory on {self.host}: {error}")
 
-    async def _thaw(self, params: dict[str, Any]) -> None:
+    async def _thaw(self, _: dict[str, Any]) -> None:
         """CRIU's hook reads ABORTED and CRIU thaws the tasks. The gate is still closed."""
-        if self._dump is not None:
-            async with asyncio.timeout(self.plan.deadlines.release_s):
-                await self._dump.end()
-        else:
-            await self.wait_criu(params)
+        await self._end_dump()
