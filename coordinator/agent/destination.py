@@ -377,11 +377,7 @@ class DestinationHalf(RestoringHalf):
             raise NetworkChangeFailed(f"it stays closed, because this is not undone: {', '.join(left)}")
         await self.network.remove_gate()
 
-    async def _discard(self, params: dict[str, Any]) -> None:
+    async def _discard(self, _: dict[str, Any]) -> None:
         """CRIU's hook reads ABORTED and CRIU kills what it restored; then the runtime forgets it."""
-        if self._restore is not None:
-            async with asyncio.timeout(self.plan.deadlines.release_s):
-                await self._restore.end()
-        else:
-            await self.wait_criu(params)
+        await self.end_criu("restore", self._restore, self.plan.deadlines.release_s)
         await self.runtime.discard()

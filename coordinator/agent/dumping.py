@@ -81,14 +81,7 @@ class DumpingHalf(Half):
             self._dump.step_back()
 
     async def _end_dump(self) -> None:
-        """Let CRIU go on, as the journal says, and wait for its end; in a recovery, that of another agent's CRIU."""
-        if self._dump is not None:
-            async with asyncio.timeout(self.plan.deadlines.release_s):
-                await self._dump.end()
-            return
-        for name, params in self.journal.state.deeds.values():
-            if name == "dump":
-                await self.wait_criu(params)
+        await self.end_criu("dump", self._dump, self.plan.deadlines.release_s)
 
     async def _close_memory(self) -> None:
         """Whatever is left in the tasks must not keep them from running, or the host from being cleaned up."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from coordinator.agent.channel import Channel
-from coordinator.agent.criu import Checkpointer
+from coordinator.agent.criu import Checkpointer, Dump, Restore
 from coordinator.agent.deeds import Deeds, Undoer
 from coordinator.agent.files.base import FilesSource, FilesTarget
 from coordinator.agent.images import ImageSpace
@@ -193,7 +193,18 @@ class Half:
 
         return started
 
-    async def wait_criu(self, params: dict[str, Any]) -> None:
+    async def end_criu(self, name: str, held: Dump | Restore | None, deadline_s: float) -> None:
+        """Let the CRIU of the deed of that name go on, as the journal says, and wait for its end; where none is held,
+        which is in a recovery, for that of another agent's CRIU."""
+        if held is not None:
+            async with asyncio.timeout(deadline_s):
+                await held.end()
+            return
+        for deed, params in self.journal.state.deeds.values():
+            if deed == name:
+                await self._wait_criu(params)
+
+    async def _wait_criu(self, params: dict[str, Any]) -> None:
         """Wait until the CRIU command of a deed has ended; its hook has been told by the journal what to do."""
         if params.get("pid") and not await self.adapters.wait_gone(params["pid"], params["started"]):
             raise AgentFailed(f"CRIU (pid {params['pid']}) is still running", "Look at that process.")

@@ -60,13 +60,7 @@ class RestoringHalf(Half):
         return self._restore
 
     async def _end_restore(self) -> None:
-        if self._restore is not None:
-            async with asyncio.timeout(self.plan.deadlines.resume_s):
-                await self._restore.end()
-            return
-        for name, params in self.journal.state.deeds.values():
-            if name == "restore":
-                await self.wait_criu(params)
+        await self.end_criu("restore", self._restore, self.plan.deadlines.resume_s)
 
     async def _prepare_memory(self) -> None:
         if self.plan.memory.mode != "stop-copy":

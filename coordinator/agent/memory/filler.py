@@ -232,9 +232,7 @@ class Filler:
         """Ask for pages; a fault asks in any case, the background as long as not too much is under way."""
         for begin in range(0, length, _FETCH_PAGES):
             wanted = (space.pid, first + begin, min(_FETCH_PAGES, length - begin))
-            if any(
-                pid == wanted[0] and at <= wanted[1] and wanted[1] + wanted[2] <= at + n for pid, at, n in self._asked
-            ):
+            if self._is_asked(*wanted):
                 continue
             if not urgent and not self.may_ask:
                 space.queue.append((start + begin, start + length))
