@@ -144,7 +144,7 @@ class DestinationHalf(RestoringHalf):
         deadlines = self.plan.deadlines
         self.enter(Phase.COPYING)
         self.adapters.pace("background")
-        before_divert_s = deadlines.accept_s + deadlines.close_s
+        before_divert_s = 2 * (deadlines.accept_s + deadlines.close_s)
         async with asyncio.timeout(deadlines.copy_s + deadlines.prepare_s + before_divert_s):
             await self._receive_rounds(LoadRestore)
             restore = await self._load_restore()

@@ -121,7 +121,7 @@ class SourceHalf(DumpingHalf):
         await self._copy()
         dump = await self._load_criu()
         await self._load_restore()
-        await self.tracked.send_all(self._link())
+        await self._settle()
         await self._divert()
         await self._freeze(dump)
         async with _freeze_deadline(self.plan.deadlines.freeze_s):
@@ -157,18 +157,24 @@ class SourceHalf(DumpingHalf):
             self.warn(f"pre-copy gave up, and the policy says {self.plan.memory.give_up}: {decision.reason}")
 
     async def _load_restore(self) -> None:
-        """Have the destination do the same, and send what was written meanwhile."""
+        """Have the destination do the same."""
         async with asyncio.timeout(self.plan.deadlines.prepare_s):
             await self._link().send(LoadRestore())
             await expect(self._link(), RestoreLoaded)
+
+    async def _settle(self) -> None:
+        """Wait for what needs its peer's packets here. That may take seconds, in which the service writes memory: so a
+        round follows. What was begun meanwhile is waited for once more, and is young and little."""
+        await self.settling.before_divert()
+        await self.tracked.send_all(self._link())
         async with asyncio.timeout(self.plan.deadlines.copy_s):
             await self.memory.catch_up(self._link())
+        await self.settling.before_divert()
 
     async def _divert(self) -> None:
         """Hand the segment's packets over to the destination, then work off what was received here.
 
         I2: we are silent before the destination answers, so at no instant do two hosts answer for an address."""
-        await self.settling.before_divert()
         self.adapters.pace("urgent")
         self.deeds.record("addresses")
         self.enter(Phase.DIVERTED)
@@ -209,8 +215,7 @@ class SourceHalf(DumpingHalf):
         self.enter(Phase.RESUMED, durable=True)
         self.record_parts()
         await self._tell_losses()
-        if self.memory.hidden is not None and (why := self.memory.hidden.refusal):
-            self.warn(f"{self.host}: CRIU had to look at every page, which made the freeze longer: {why}")
+        self.warn(*(f"{self.host}: {remark}" for remark in self.memory.remarks))
         try:
             if self.memory.fetched_later:  # post-copy: the destination needs the frozen tasks until it has all pages
                 async with asyncio.timeout(self.plan.deadlines.fill_s):

@@ -199,3 +199,17 @@ def test_what_loses_its_registration_to_a_neighbour_is_told(target: Target, trac
     assert within(tracker.collect().dirty, start, 64) >= pages(start, 3)
     target.run("put(a + 3 * PAGE, 3); put(a + 5 * PAGE, 3)")
     assert within(tracker.collect().dirty, start, 64) == pages(start, 3, 5)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_loses_its_registration_directly_before_the_freeze_is_counted(
+    target: Target, tracker: Tracker, joined: bool
+) -> None:
+    start = target.run("(a := area(64))")
+    target.run("put(a, 1, 64); away = area(32); libc.mremap(a + 32 * PAGE, 32 * PAGE, 32 * PAGE, 3, away)")
+    tracker.collect()
+    if joined:
+        target.run("libc.mremap(away, 32 * PAGE, 32 * PAGE, 3, a + 32 * PAGE)")
+    last = tracker.collect(last=True)
+    assert len(within(last.dirty, start, 64)) == (64 if joined else 0)
+    assert last.unwatched_pages == (32 if joined else 0), "those that moved are new at this address"

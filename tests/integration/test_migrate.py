@@ -87,7 +87,7 @@ def test_64_mb_of_memory_arrive_and_livemove_itself_stays_small(lab: Lab, mode: 
         scene.unharmed("beta")
         assert scene.clients[0].check_memory() == {"pages": 64 * 256, "wrong_pages": 0}
         in_the_freeze = said.report["bytes"]["frozen"] > 64 << 20
-        assert in_the_freeze == (mode == "stop-copy")
+        assert in_the_freeze == (mode == "stop-copy"), said.report
         assert 0 < said.peak_kib < MEMORY_LIMIT_KIB
         assert all(0 < peak < MEMORY_LIMIT_KIB for peak in peaks.values()), peaks
 

@@ -126,6 +126,8 @@ class Changes:
     dropped: tuple[PageRun, ...]  # were named dirty once and now hold nothing (absent or zero): forget them
     mappings: tuple[Mapping, ...]  # all mappings, by address; a run never crosses the end of a mapping
     known_pages: int  # pages the asker has after applying this answer
+    #: Of ``dirty``: the asker has them, and nothing told whether they were written to since. Counted in the last look.
+    unwatched_pages: int = 0
 
     @property
     def dirty_pages(self) -> int:

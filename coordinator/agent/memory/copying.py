@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import bisect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from coordinator.agent.channel import CHUNK_BYTES, Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, Changes, HeldFiles, PageRun, ProcessChanges
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
+from coordinator.agent.memory.copy_report import CopyReport
 from coordinator.agent.memory.handing_over import described, hand_over
 from coordinator.agent.memory.hidden_pages import HiddenPages, hide
 from coordinator.agent.memory.pages import PageData, read_pages
@@ -39,7 +39,7 @@ from coordinator.agent.process import start_time
 from coordinator.agent.tasks import process_tree
 from coordinator.errors import MemoryLost, NotConverging, ProtocolError, WorkloadNotRunning
 from coordinator.events import Progress
-from coordinator.protocol import MemoryPolicy, Mode, RoundResult
+from coordinator.protocol import MemoryPolicy, Mode
 
 T = TypeVar("T")
 
@@ -71,16 +71,6 @@ class Trackers(Protocol):
 
 #: Reads runs of pages out of a process.
 ReadPages = Callable[[int, Iterable[PageRun]], Iterator[PageData]]
-
-
-@dataclass(slots=True)
-class CopyReport:
-    """What copying has done so far. ``decision`` is why the rounds ended."""
-
-    rounds: list[RoundResult] = field(default_factory=list)
-    pre_copy_bytes: int = 0
-    last_bytes: int = 0
-    decision: Decision | None = None
 
 
 class MemorySource:
@@ -141,6 +131,11 @@ class MemorySource:
         """What CRIU is to leave to us (criu(8), --external), once it is copied."""
         return self._tmpfs.external
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Why the freeze was longer than it had to be, a sentence for each reason."""
+        return self.report.remarks(self.hidden.refusal if self.hidden is not None else "")
+
     async def copy(self, root_pid: int, link: Channel, progress: Progress) -> None:
         """Send rounds until a freeze now would be short, or until that gets no nearer.
 
@@ -158,7 +153,7 @@ class MemorySource:
             sent = await self._send_round(pending, left, link)
             pending = await self._collect()
             duration_ms = (self._clock() - began) * 1000
-            self._record_round(sent, duration_ms)
+            self.report.add_round(sent, duration_ms)
             left = self._dirty_bytes(pending)
             stats.append(RoundStats(len(stats) + 1, sent // PAGE_BYTES, sent, duration_ms, left))
             decision = decide(tuple(stats), memory_bytes, self._convergence())
@@ -169,7 +164,7 @@ class MemorySource:
             self._give_up(decision)
         # What the last look found is re-armed and so must be sent; the freeze is left with what is written after it.
         began = self._clock()
-        self._record_round(await self._send_round(pending, left, link), (self._clock() - began) * 1000)
+        self.report.add_round(await self._send_round(pending, left, link), (self._clock() - began) * 1000)
         if self.mode == "pre-copy":
             self.hidden = self._hide(root_pid, pending.values())
 
@@ -179,7 +174,7 @@ class MemorySource:
             began = self._clock()
             pending = await self._collect(fixed=True)
             sent = await self._send_round(pending, self._dirty_bytes(pending), link)
-            self._record_round(sent, (self._clock() - began) * 1000)
+            self.report.add_round(sent, (self._clock() - began) * 1000)
 
     def _convergence(self) -> ConvergencePolicy:
         policy = self._policy
@@ -195,11 +190,6 @@ class MemorySource:
             raise NotConverging(f"pre-copy does not converge: {decision.reason}")
         if self._policy.give_up == "post-copy":
             self.mode = "hybrid"
-
-    def _record_round(self, sent: int, duration_ms: float) -> None:
-        number = len(self.report.rounds) + 1
-        self.report.rounds.append(RoundResult(n=number, pages=sent // PAGE_BYTES, bytes=sent, ms=round(duration_ms, 3)))
-        self.report.pre_copy_bytes += sent
 
     def begin_last(self, root_pid: int, link: Channel) -> None:
         """The tasks are frozen, and CRIU has finished with them: ``last`` may begin while it goes on. Once."""
@@ -221,6 +211,7 @@ class MemorySource:
                 self._know_frozen(self._processes(root_pid))
             return {}
         changed = await self._collect(last=True)
+        self.report.unwatched_bytes = sum(each.changes.unwatched_pages for each in changed.values()) * PAGE_BYTES
         if self.hidden is not None:
             self.hidden.check(changed.values())
         self._know_frozen({each.inner_pid: each.pid for each in changed.values()})

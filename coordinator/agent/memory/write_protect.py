@@ -119,9 +119,9 @@ class WriteProtectTracker:
                 mark(self._userfaultfd, start, end)
         if added and _all_exposed(self._registration.registered, held):
             raise MemoryReplaced  # the kernel took our registrations, for a memory that is not this process's
-        return self._answer(mappings, written, held)
+        return self._answer(mappings, written, held, last)
 
-    def _answer(self, mappings: list[Mapping], written: Spans, held: Held) -> Changes:
+    def _answer(self, mappings: list[Mapping], written: Spans, held: Held, last: bool) -> Changes:
         unwatched = difference(held.pages, self._registration.registered)
         unmarked = union(held.exposed, held.unmapped, unwatched)
         read_only = self._registration.read_only
@@ -130,8 +130,10 @@ class WriteProtectTracker:
         suspects = union(suspects, difference(lazy, self._lazy))
         dirty = union(intersection(held.pages, suspects), difference(held.pages, self._known))
         dropped = difference(self._known, held.pages)
+        unwatched_pages = count_pages(intersection(intersection(dirty, unmarked), self._known)) if last else 0
         self._known, self._objects, self._lazy = held.pages, held.objects, lazy
-        return Changes(to_runs(dirty, mappings), plain_runs(dropped), tuple(mappings), count_pages(held.pages))
+        known_pages = count_pages(held.pages)
+        return Changes(to_runs(dirty, mappings), plain_runs(dropped), tuple(mappings), known_pages, unwatched_pages)
 
     def _register_new(self, pagemap: Pagemap, mappings: list[Mapping], memory: list[Mapping]) -> bool:
         """Register what is new of ``memory``; whether there was any."""
