@@ -47,6 +47,7 @@ SERVICE_FILES = (
     "bookkeeper.py",
     "datagram_server.py",
     "household.py",
+    "memfd_server.py",
     "memory_regions.py",
     "memory_server.py",
     "pattern.py",

@@ -85,6 +85,7 @@ def cli() -> None:
     flag_value="shared",
     help="One anonymous shared mapping, as a database has; else private memory.",
 )
+@click.option("--memfd", "memory", flag_value="memfd", help="One memfd, mapped, with a descriptor that is written to.")
 @click.option("--tmpfs", "memory", flag_value="tmpfs", help="One mapped file of the container's own /dev/shm.")
 @click.option("--dirty-mb-s", type=click.FloatRange(0, 1000), default=10, show_default=True)
 @click.option("--runs", type=click.IntRange(1, 50), default=5, show_default=True, help="Of which medians are shown.")

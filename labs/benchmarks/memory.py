@@ -40,8 +40,13 @@ AT_ONCE = 512
 """The client keeps asking every 2 ms even if answers are late, so that every late one is in the percentiles."""
 
 
-Memory = Literal["private", "shared", "tmpfs"]
-PROGRAMS: dict[Memory, str] = {"private": "pattern_server", "shared": "shared_server", "tmpfs": "tmpfs_server"}
+Memory = Literal["private", "shared", "memfd", "tmpfs"]
+PROGRAMS: dict[Memory, str] = {
+    "private": "pattern_server",
+    "shared": "shared_server",
+    "memfd": "memfd_server",
+    "tmpfs": "tmpfs_server",
+}
 
 
 @dataclass(frozen=True)

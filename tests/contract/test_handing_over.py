@@ -9,6 +9,7 @@ import pytest
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.memory.base import PAGE_BYTES
+from coordinator.agent.memory.comparing import forget_differing, send_differing
 from coordinator.agent.memory.filling import StoredMemory
 from coordinator.agent.memory.handing_over import described, hand_over
 from coordinator.agent.memory.memfds import Memfds
@@ -26,6 +27,7 @@ PAGES = 512
 MAKE = {
     "anonymous": "area({0}, SHARED | ANON)",
     "memfd": "(fd := os.memfd_create('m'), os.ftruncate(fd, {0} * PAGE), area({0}, SHARED, fd), os.close(fd))[2]",
+    "compared": "(fd := os.memfd_create('m'), os.ftruncate(fd, {0} * PAGE), area({0}, SHARED, fd))[2]",
 }
 
 
@@ -61,10 +63,13 @@ class Moving:
         for wanted in self.shared.round(answers):
             await self.channel.send(described(wanted.object, wanted.pid, wanted.mapping))
             for batch in read_pages(wanted.pid, wanted.runs):
+                if wanted.digests is not None:
+                    wanted.note(batch)
                 starts = tuple(run.start + wanted.shift for run in batch.runs)
                 counts = tuple(run.pages for run in batch.runs)
                 await self.channel.send(PageBatch(pid=wanted.object, starts=starts, counts=counts), bytes(batch.data))
         if last:
+            forget_differing(self.shared)
             await hand_over(self.channel, self.shared, worth_hiding(answers), answers)
         return list(worth_hiding(answers))
 
@@ -133,3 +138,77 @@ async def test_only_large_objects_are_worth_it(moving: Moving) -> None:
 async def test_what_nobody_maps_cannot_be_handed_over(moving: Moving) -> None:
     with pytest.raises(TrackingFailed, match="no process maps it"):
         await hand_over(moving.channel, moving.shared, [1], [])
+
+
+@pytest.fixture
+def compared() -> Iterator[Moving]:
+    """A memfd whose descriptor is kept, full, and sent."""
+    with Target() as target:
+        target.run(f"globals().update(fd=os.memfd_create('m')); os.ftruncate(fd, {PAGES} * PAGE)")
+        target.run(f"(start := area({PAGES}, SHARED, fd)); put(start, 1, {PAGES})")
+        made = Moving(target)
+        yield made
+        made.tree.close()
+        asyncio.run(made.link.memory.close())
+
+
+#: What is written past the page tables that are asked, in pages from 40 on; and how many pages of it differ.
+UNSEEN = {
+    "a write": ("os.pwrite(fd, b'x' * 5 * PAGE, 40 * PAGE)", 5),
+    "a mapping that came and went": (
+        "again = area(64, SHARED, fd); put(again + 40 * PAGE, 9, 3); libc.munmap(again, 64 * PAGE)",
+        3,
+    ),
+    "a child that came and went": (
+        "child = os.fork()\nif not child: os.pwrite(fd, b'y', 40 * PAGE); os._exit(0)\nos.waitpid(child, 0)",
+        1,
+    ),
+    "the same again": ("os.pwrite(fd, os.pread(fd, 5 * PAGE, 40 * PAGE), 40 * PAGE)", 0),
+    "a hole": ("libc.madvise(start + 40 * PAGE, 7 * PAGE, 9)", 0),
+    "a shorter file": ("os.ftruncate(fd, 40 * PAGE); os.ftruncate(fd, 300 * PAGE); os.ftruncate(fd, 512 * PAGE)", 0),
+}
+
+
+@pytest.mark.parametrize("what", UNSEEN)
+@pytest.mark.parametrize("also_before", [False, True])
+async def test_what_is_written_unseen_is_found_and_nothing_else_is_sent_again(
+    compared: Moving, what: str, also_before: bool
+) -> None:
+    target = compared.target
+    await compared.round()
+    if also_before:
+        target.run("os.pwrite(fd, b'before', 30 * PAGE)")
+        assert await send_differing(compared.channel, compared.shared) == PAGE_BYTES
+        await compared.round()
+        assert await send_differing(compared.channel, compared.shared) == 0
+    before = compared.link.pages()
+    program, differing = UNSEEN[what]
+    target.run(f"exec({program!r}, globals())")
+    await compared.round(last=True)
+    assert compared.link.pages() == before + differing
+    assert compared.arrived() == content(target)
+
+
+async def test_what_grows_arrives_whole(compared: Moving) -> None:
+    target = compared.target
+    await compared.round()
+    target.run("os.ftruncate(fd, 600 * PAGE); os.pwrite(fd, b'z' * PAGE, 599 * PAGE)")
+    await compared.round(last=True)
+    (whole,) = (each for each in compared.link.messages if isinstance(each, HandedOver))
+    assert whole.size == 600 * PAGE_BYTES
+    assert compared.link.memory.content(whole.number, 599 * PAGE_BYTES, 1) == b"z" * PAGE_BYTES
+    assert compared.arrived() == content(target)
+
+
+async def test_of_one_that_nobody_has_mapped_any_more_nothing_counts_as_sent(compared: Moving) -> None:
+    """CRIU sees it then (``hidden_pages``), and the image has all of it."""
+    await compared.round()
+    (each,) = compared.shared.compared()
+    assert compared.shared.sent(each.number)
+    compared.target.run(f"libc.munmap(start, {PAGES} * PAGE)")
+    assert await send_differing(compared.channel, compared.shared) == 0
+    answers = compared.tree.collect(last=True).values()
+    assert not list(compared.shared.round(answers))
+    forget_differing(compared.shared)
+    assert not compared.shared.sent(each.number)
+    assert not worth_hiding(answers)

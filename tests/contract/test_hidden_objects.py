@@ -36,6 +36,7 @@ def made(pages):
     os.pwrite(fd, b'x', PAGE)
     return fd
 hidden, seen = made(4), made(5)
+area(4, SHARED, hidden)
 """
 
 

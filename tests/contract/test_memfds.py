@@ -78,6 +78,7 @@ class Looks:
 
     def __init__(self, target: Target, tree: TreeTracker) -> None:
         self._target, self._tree = target, tree
+        self.compared = False
         self._start, self._inode = target.run("start"), target.run("inode")
 
     def look(self, *, last: bool = False) -> tuple[set[int], bool]:
@@ -87,7 +88,9 @@ class Looks:
             for each in answers.values()
             for address in within(each.changes.dirty, self._start, PAGES)
         }
-        return named, self._inode in answers[self._target.pid].closed.memfds
+        closed = answers[self._target.pid].closed
+        self.compared = self._inode in closed.compared
+        return named, self._inode in closed.memfds
 
 
 @pytest.fixture
@@ -112,15 +115,26 @@ def test_without_a_descriptor_every_write_is_named_and_nothing_else(target: Targ
     assert looks.look(last=True) == (set(), True)
 
 
-def test_with_a_descriptor_writes_past_the_page_tables_are_told(target: Target, looks: Looks) -> None:
+def test_one_that_ever_had_a_descriptor_is_compared(target: Target, looks: Looks) -> None:
+    """Of it only what was written through mappings is named."""
     target.run(f"put(start, 7, {PAGES})")
     assert looks.look() == (set(range(PAGES)), False)
-    target.run("os.pwrite(fd, b'x', 3 * PAGE)")
-    named, closed = looks.look()
-    assert (3 in named, closed) == (True, False)
-    target.run("(os.pwrite(fd, b'y', 4 * PAGE), os.close(fd))[1]")
-    named, closed = looks.look()
-    assert (4 in named, closed) == (True, True)
+    assert looks.compared
+    looks.look()
+    target.run("(os.pwrite(fd, b'x', 3 * PAGE), put(start + 4 * PAGE, 8))[1]")
+    assert looks.look() == ({4}, False)
+    target.run("(os.pwrite(fd, b'y', 5 * PAGE), os.close(fd))[1]")
+    assert looks.look() == (set(), True)
+    assert looks.compared
+    assert looks.look(last=True) == (set(), True)
+    assert looks.compared
+
+
+def test_one_without_a_descriptor_is_compared_once_it_has_one(target: Target, looks: Looks) -> None:
+    target.run(f"(put(start, 7, {PAGES}), os.close(fd))[1]")
+    looks.look()
+    assert looks.look() == (set(), True)
+    assert not looks.compared
 
 
 def test_a_descriptor_that_comes_back_opens_it_again(target: Target, looks: Looks) -> None:
@@ -132,6 +146,7 @@ def test_a_descriptor_that_comes_back_opens_it_again(target: Target, looks: Look
     target.run(f"globals().update(again=os.open('/proc/self/map_files/{span}', os.O_RDWR))")
     target.run("os.pwrite(again, b'z', 9 * PAGE)")
     assert looks.look() == (set(range(PAGES)), False)
+    assert looks.compared
 
 
 def test_somebody_outside_keeps_it_open(target: Target, looks: Looks) -> None:

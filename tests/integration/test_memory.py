@@ -27,7 +27,7 @@ from tests.integration.faults import (
 )
 from tests.integration.scene import Scene, left_over
 
-ALL_KINDS, SEGMENTS, SHARED = "memory_server", "segment_server", "shared_server"
+ALL_KINDS, SEGMENTS, SHARED, MEMFD = "memory_server", "segment_server", "shared_server", "memfd_server"
 MODES = ("pre-copy", "post-copy", "hybrid", "stop-copy")
 MEBIBYTE = 1 << 20
 
@@ -87,6 +87,16 @@ def test_memory_of_every_kind_in_every_mode(lab: Lab, name: str) -> None:
 def test_shared_memory_is_sent_before_the_freeze(lab: Lab, name: str) -> None:
     """Anonymous as it was made, and as CRIU has restored it, again and again; of a container and a process tree."""
     with scene_of(lab, name, 64, 3, SHARED) as scene:
+        for to in ("beta", "alpha", "beta"):
+            said = move(scene, to)
+            assert said.report["bytes"]["frozen"] < 16 * MEBIBYTE
+            assert said.report["bytes"]["pre_copy"] > 64 * MEBIBYTE
+            assert "copied in the freeze" not in " ".join(said.report["warnings"])
+
+
+def test_a_memfd_with_a_descriptor_is_sent_before_the_freeze(lab: Lab) -> None:
+    """Although half of it is written past all page tables; mapping and descriptor are of the same memory afterwards."""
+    with scene_of(lab, "counter", 64, 3, MEMFD) as scene:
         for to in ("beta", "alpha", "beta"):
             said = move(scene, to)
             assert said.report["bytes"]["frozen"] < 16 * MEBIBYTE

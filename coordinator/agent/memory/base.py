@@ -106,12 +106,14 @@ NO_FILES: HeldFiles = {}
 @dataclass(frozen=True, slots=True)
 class Closed:
     """The shared objects that nobody can have written to but through a mapping of a process that is asked: System V
-    segments by id, memfds by inode. (The two may be equal numbers.) ``files``: of these files of a tmpfs (device and
-    inode) somebody else finds out what changed past the page tables, and what they hold, as spans of offsets: they must
-    not be opened, because that is told."""
+    segments by id, memfds by inode. (The two may be equal numbers.) ``compared``: memfds that have a descriptor. What
+    was written through that is found by comparing (``comparing``), and page tables tell the rest. ``files``: of these
+    files of a tmpfs (device and inode) somebody else finds out what changed past the page tables, and what they hold,
+    as spans of offsets: they must not be opened, because that is told."""
 
     segments: frozenset[int] = frozenset()
     memfds: frozenset[int] = frozenset()
+    compared: frozenset[int] = frozenset()
     files: HeldFiles = field(default_factory=dict)
 
 
@@ -161,9 +163,9 @@ class Tracker(Protocol):
         read as changed, and its content is to be read after the answer. With the process frozen throughout, an
         answer is exact. ``last``: it is frozen and is not asked again, so nothing is armed. ``others_wrote``:
         a process that cannot be asked any more may have written to shared memory, all of which is dirty then, but for
-        System V segments. These are dirty unless they are ``closed``. Of a memfd that is, page tables tell all; of
-        another only its times tell. ``frozen``: all who are asked in this look stand still; what is found out of shared
-        objects is kept here for the next of them.
+        System V segments. These are dirty unless they are ``closed``. Of a memfd that is, page tables tell all; of one
+        that is compared, all that its asker does not find himself; of another only its times tell. ``frozen``: all who
+        are asked in this look stand still; what is found out of shared objects is kept here for the next of them.
 
         Raises ``TargetGone`` if the process ended, ``TrackingFailed`` if it can be tracked no longer."""
         ...

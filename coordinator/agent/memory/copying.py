@@ -1,8 +1,8 @@
 """The source's side of memory: pre-copy rounds while the service runs, the last pages while it is frozen, and, in
 post-copy, pages on demand from the frozen tasks until the destination has them all.
 
-Sent are the pages that CRIU leaves to a filler, private anonymous memory, and shared memory that has no descriptors
-(see ``shared.py``). CRIU's images have the rest.
+Sent are the pages that CRIU leaves to a filler, private anonymous memory, and shared memory (see
+``shared.py``). CRIU's images have the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from coordinator.agent.channel import CHUNK_BYTES, Channel, expect, peer_aborted
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, Changes, HeldFiles, PageRun, ProcessChanges
+from coordinator.agent.memory.comparing import forget_differing, send_differing
 from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Kind, RoundStats, decide
 from coordinator.agent.memory.copy_report import CopyReport
 from coordinator.agent.memory.handing_over import described, hand_over
@@ -172,8 +173,9 @@ class MemorySource:
         """One more round, when all is ready for the freeze: that is left with what is written after it."""
         if self._trackers is not None:
             began = self._clock()
+            sent = await send_differing(link, self._shared)
             pending = await self._collect(fixed=True)
-            sent = await self._send_round(pending, self._dirty_bytes(pending), link)
+            sent += await self._send_round(pending, self._dirty_bytes(pending), link)
             self.report.add_round(sent, (self._clock() - began) * 1000)
 
     def _convergence(self) -> ConvergencePolicy:
@@ -223,6 +225,7 @@ class MemorySource:
             self._shared.outdate(changed.values())
         else:
             self.report.last_bytes += await self._send_shared(changed, link)
+        await asyncio.to_thread(forget_differing, self._shared)
         for each in changed.values():
             if self.fetched_later:
                 if each.fresh:  # not all that was sent of it before need be named again
@@ -347,6 +350,8 @@ class MemorySource:
                 await link.send(described(wanted.object, wanted.pid, wanted.mapping))
             batches = self._read(wanted.pid, wanted.runs)
             while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+                if wanted.digests is not None:
+                    await asyncio.to_thread(wanted.note, batch)
                 starts = tuple(run.start + wanted.shift for run in batch.runs)
                 counts = tuple(run.pages for run in batch.runs)
                 await link.send(PageBatch(pid=wanted.object, starts=starts, counts=counts), bytes(batch.data))

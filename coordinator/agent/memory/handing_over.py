@@ -39,7 +39,16 @@ class SharedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Once."""
         os.close(self._descriptor)
+
+    @property
+    def inode(self) -> int:
+        """Which object it is."""
+        return os.fstat(self._descriptor).st_ino
 
     @property
     def size(self) -> int:
@@ -55,11 +64,15 @@ class SharedFile:
         """The pages that are there, as offsets."""
         return extents(self._descriptor, 0, self.size)
 
-    def read(self, spans: Spans) -> Iterator[tuple[int, bytes]]:
-        """Their content, in whole pages: offset and bytes."""
+    def read_at(self, offset: int, length: int) -> bytes:
+        """So many bytes, or as many as there are."""
+        return os.pread(self._descriptor, length, offset)
+
+    def read(self, spans: Spans, step: int = _READ_BYTES) -> Iterator[tuple[int, bytes]]:
+        """Their content, in whole pages, at most ``step`` bytes at once: offset and bytes."""
         for start, end in spans:
-            for at in range(start, end, _READ_BYTES):
-                content = os.pread(self._descriptor, min(_READ_BYTES, end - at), at)
+            for at in range(start, end, step):
+                content = self.read_at(at, min(step, end - at))
                 yield at, content.ljust(-(-len(content) // PAGE_BYTES) * PAGE_BYTES, b"\0")
 
 

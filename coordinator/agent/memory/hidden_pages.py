@@ -75,11 +75,16 @@ class HiddenPages:
     def hides(self, inode: int) -> bool:
         """Whether CRIU is to see a shared object as empty. From then on it is up to us to bring it over.
 
-        It asks once of each. A segment may have the same number, and comes later (criu/cr-dump.c, cr_dump_tasks)."""
-        if inode not in self.may_hide or inode in self._hidden_objects:
+        It asks once of each. A segment may have the same number, and comes later (criu/cr-dump.c, cr_dump_tasks). One
+        that is not mapped (any more), and has only a descriptor, nobody could bring over."""
+        if inode not in self.may_hide or inode in self._hidden_objects or not self._is_mapped(inode):
             return False
         self._hidden_objects.add(inode)
         return True
+
+    def _is_mapped(self, inode: int) -> bool:
+        self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
+        return any(each.shared and each.inode == inode for pid in self._tasks for each in self._mappings(pid))
 
     def visible(self, pid: int, start: int, end: int) -> Spans | None:
         """What CRIU is to see of the addresses from ``start`` to ``end``; ``None``: all of it.

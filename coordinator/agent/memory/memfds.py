@@ -1,5 +1,8 @@
 """Memfds in the rounds: whether everybody who can write to one does so through a mapping, and is asked.
 
+One that has a descriptor is *compared* with what was sent of it, from then on for good: page tables tell of what is
+written through mappings, and what they do not tell is found when all are frozen (``sent_digests``).
+
 A write(2) through a descriptor is in no page table. But a memfd may have lost its descriptors, and then is like
 anonymous shared memory, which is what most of these have been: CRIU restores that as a memfd without a descriptor.
 
@@ -29,15 +32,18 @@ class Memfds:
     """The memfds of one tree of processes. A look begins with ``untouched`` and ends with ``take``; used by one thread
     at a time."""
 
-    def __init__(self, held: Holders | None = None, outside: Outside | None = None) -> None:
+    def __init__(self, held: Holders | None = None, outside: Outside | None = None, *, compare: bool = True) -> None:
+        """``compare``: whether those with a descriptor are compared."""
+        self._compare = compare
         self._holders = held or held_by
         self._outside = outside or held_outside
         self._mapped: frozenset[int] | None = None
         self._held: frozenset[int] | None = None
         self._seen_outside: dict[int, bool] = {}
         self._pids: tuple[int, ...] = ()
-        #: The inodes of those that were closed in the look before.
+        #: The inodes of those that were closed in the look before, and of those that are compared.
         self.closed: frozenset[int] = frozenset()
+        self.compared: frozenset[int] = frozenset()
 
     def untouched(self, pids: Iterable[int]) -> frozenset[int]:
         """Begin a look at these processes: the memfds whose every change since the look before they will tell.
@@ -57,6 +63,8 @@ class Memfds:
             found = self._outside(new, self._pids)
             self._seen_outside.update((inode, inode in found) for inode in new)
         self.closed = frozenset(inode for inode in free if not self._seen_outside[inode])
+        if self._compare:
+            self.compared |= self._mapped - self.closed
 
 
 def held_by(pids: Iterable[int]) -> frozenset[int] | None:

@@ -1,4 +1,4 @@
-"""Shared memory in the rounds: anonymous shared mappings, memfds without a descriptor, and System V segments.
+"""Shared memory in the rounds: anonymous shared mappings, memfds, and System V segments.
 
 CRIU has no lazy way for shared memory: it writes every object into its images while the tasks are frozen, and reads it
 back before they run. So its pages go over in the rounds. What CRIU restores as a memfd, which is all but the segments,
@@ -6,8 +6,7 @@ it does not even see then (``handing_over``). Of a segment's pages image only th
 since; the destination puts the rest together from what it has.
 
 Only such memory is treated so of which it is known that all who can write to it are asked (``segments``, ``memfds``,
-``tree``). What has a descriptor, and files of /dev/shm, are sent with the images
-(docs/decisions/0014-shared-memory.md).
+``tree``), or that is *compared* in the end with what was sent of it (``comparing``); docs/decisions/0014 and 0022.
 CRIU names its images of an object by its inode (criu/shmem.c, criu/memfd.c), which of a segment is its id.
 """
 
@@ -21,7 +20,9 @@ from itertools import groupby
 from coordinator.agent.images import ImageSpace
 from coordinator.agent.memory.base import PAGE_BYTES, Mapping, PageRun, ProcessChanges
 from coordinator.agent.memory.pagemap_images import PRESENT, parse
+from coordinator.agent.memory.pages import PageData
 from coordinator.agent.memory.runs import Spans
+from coordinator.agent.memory.sent_digests import SentDigests
 
 #: A smaller object CRIU writes and reads in less time than it takes to hand it over (some 2 ms): 1 MiB.
 _LEAST_PAGES = (1 << 20) // PAGE_BYTES
@@ -36,11 +37,18 @@ class SharedRuns:
     object: int
     runs: tuple[PageRun, ...]
     mapping: Mapping
+    digests: SentDigests | None = None
 
     @property
     def shift(self) -> int:
         """Leads from addresses to offsets within the object."""
         return self.mapping.offset - self.mapping.start
+
+    def note(self, batch: PageData) -> None:
+        """What was read of them is sent: to be told of objects that are compared. Three microseconds a page."""
+        assert self.digests is not None
+        for run, data in batch:
+            self.digests.note(run.start + self.shift, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,15 @@ class Span:
         return self.pages * PAGE_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An object that has to be compared with what was sent, and where it can be found: pid and mapping."""
+
+    number: int
+    digests: SentDigests
+    places: list[tuple[int, Mapping]]
+
+
 class SharedMemory:
     """Which pages of which shared objects the destination has. One byte a page."""
 
@@ -66,6 +83,7 @@ class SharedMemory:
         self._objects: dict[tuple[str, int], int] = {}
         self._sent: dict[int, bytearray] = {}
         self._mapped: dict[tuple[int, int], set[Mapping]] = {}
+        self._digests: dict[int, SentDigests] = {}
 
     def round(self, changed: Iterable[ProcessChanges]) -> Iterator[SharedRuns]:
         """What has to be sent, each page of an object once however many map it; counts as sent from now on."""
@@ -80,7 +98,7 @@ class SharedMemory:
                 for run in wanted:
                     _mark(self._sent[number], _first(mapping, run), run.pages, 1)
                 if wanted:
-                    yield SharedRuns(each.pid, number, wanted, mapping)
+                    yield SharedRuns(each.pid, number, wanted, mapping, self._digests_of(number, mapping, each))
 
     def dirty_pages(self, changed: Iterable[ProcessChanges]) -> int:
         """How many pages ``round`` would have sent."""
@@ -96,6 +114,25 @@ class SharedMemory:
         """These pages could not be read: the images have them."""
         for run in vanished:
             _mark(self._sent[runs.object], (run.start + runs.shift) // PAGE_BYTES, run.pages, 0)
+
+    def _digests_of(self, number: int, mapping: Mapping, each: ProcessChanges) -> SentDigests | None:
+        """Made with the first pages of an object that are to be compared."""
+        if mapping.memfd in each.closed.compared:
+            return self._digests.setdefault(number, SentDigests())
+        return None
+
+    def compared(self) -> list[Compared]:
+        """The objects that have to be compared, and where they were mapped in the last round."""
+        places: dict[int, list[tuple[int, Mapping]]] = {}
+        for (pid, _), mappings in self._mapped.items():
+            for mapping in mappings:
+                places.setdefault(self.number(mapping), []).append((pid, mapping))
+        return [Compared(number, each, places.get(number, [])) for number, each in self._digests.items()]
+
+    def forget(self, number: int, spans: Spans) -> None:
+        """The destination does not have these pages (offsets) as they are: the images have them."""
+        for start, end in spans:
+            _mark(self._sent[number], start // PAGE_BYTES, (end - start) // PAGE_BYTES, 0)
 
     def outdate(self, changed: Iterable[ProcessChanges]) -> None:
         """These pages changed and are not sent any more: the images have them."""
@@ -168,7 +205,8 @@ class SharedMemory:
                 _mark(self._sent[self.number(mapping)], _first(mapping, run), run.pages, 0)
         mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping, each)}
         for mapping in self._mapped.get((each.pid, each.started), set()) - mapped:
-            self._sent[self.number(mapping)] = bytearray()
+            if mapping.memfd not in each.closed.compared:
+                self._sent[self.number(mapping)] = bytearray()
         self._mapped[each.pid, each.started] = mapped
 
 
@@ -187,7 +225,7 @@ def _is_kept(mapping: Mapping, each: ProcessChanges) -> bool:
     if mapping.segment is not None:
         return mapping.segment in each.closed.segments
     if mapping.memfd is not None:
-        return mapping.memfd in each.closed.memfds
+        return mapping.memfd in each.closed.memfds or mapping.memfd in each.closed.compared
     return mapping.anonymous_shared
 
 

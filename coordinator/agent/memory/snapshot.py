@@ -38,11 +38,14 @@ class Asked:
 
     def all(self, mapping: Mapping) -> bool:
         """Whether all are asked who can have written through a mapping of the object."""
-        return not self.others_wrote if mapping.segment is None else mapping.segment in self.closed.segments
+        if mapping.segment is not None:
+            return mapping.segment in self.closed.segments
+        return not self.others_wrote or mapping.memfd in self.closed.compared
 
     def only_mapped(self, mapping: Mapping) -> bool:
-        """Whether nobody has, or had, a descriptor of the object."""
-        return mapping.anonymous_shared or mapping.segment is not None or mapping.memfd in self.closed.memfds
+        """Whether nobody has, or had, a descriptor of the object, or what is written through it is found otherwise."""
+        closed = mapping.memfd in self.closed.memfds or mapping.memfd in self.closed.compared
+        return mapping.anonymous_shared or mapping.segment is not None or closed
 
     def look_at(self, pid: int, mapping: Mapping) -> ObjectState | None:
         """State of the object under a shared mapping (see ``shared_objects``)."""

@@ -13,8 +13,10 @@ descriptor that can read and write (mmap(2)). So a file is *closed* in a look if
 descriptor when it began, none was on its way in a message between them, and nobody outside has one, or maps the file.
 Until the next opening is told nobody can come by one, and page tables tell everything. A file that is not closed may
 always be written to unseen. (Nor do its times tell: who has read a page of a tmpfs through a mapping may write to it
-without a fault, mm/vma.c, vma_wants_writenotify.) So it is dirty as a whole in every look, and nothing of it is wanted
-before the last, for it would be in vain.
+without a fault, mm/vma.c, vma_wants_writenotify.)
+
+Where page tables do not tell everything, for whichever of these reasons, the file is *compared* from then on with what
+was sent of it: when the rounds are over, and when all are frozen (``sent_digests``). To begin with it is sent anew.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from dataclasses import dataclass, field
 from coordinator.agent.memory import holders
 from coordinator.agent.memory.base import Backing, Mapping, PageRun, ProcessChanges
 from coordinator.agent.memory.file_events import FileEvents
-from coordinator.agent.memory.runs import Spans, count_pages, difference, normalise, union
+from coordinator.agent.memory.runs import Spans, count_pages, difference, intersection, normalise, union
+from coordinator.agent.memory.sent_digests import SentDigests
 from coordinator.agent.memory.shared_objects import extents
 
 #: A file, by its device as in maps (proc(5)) and its inode.
@@ -53,16 +56,35 @@ class File:
     too_much: Spans = field(default_factory=list)
     data: Spans = field(default_factory=list)
     told: bool = True  # something was told of it in the last look
+    met: bool = False  # not for the first time
+    #: What was sent of it, if it is compared.
+    digests: SentDigests | None = None
     closed: bool = False
     nobody_outside: bool = False
     mapped: frozenset[tuple[int, int, Mapping]] = frozenset()
 
     def read(self, spans: Spans, step: int) -> Iterator[tuple[int, bytes]]:
-        """Content in whole pages, at most ``step`` bytes at once: offset and bytes."""
+        """Content to be sent, in whole pages, at most ``step`` bytes at once: offset and bytes."""
         for start, end in spans:
             for at in range(start, end, step):
-                content = os.pread(self.descriptor, min(step, end - at), at)
-                yield at, content.ljust(min(step, end - at), b"\0")
+                content = self._read_at(at, min(step, end - at)).ljust(min(step, end - at), b"\0")
+                if self.digests is not None:
+                    self.digests.note(at, content)
+                yield at, content
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        return os.pread(self.descriptor, length, offset)
+
+    def begin_comparing(self) -> None:
+        """Once: what was sent without a digest is sent again. Before anything was sent nothing was written unseen."""
+        if self.met and self.digests is None:
+            self.right, self.digests = [], SentDigests()
+
+    def compare(self) -> None:
+        """Find what was written unseen. Blocks for as long as it takes to read it all (``sent_digests``)."""
+        if self.digests is not None:
+            unseen = self.digests.differing(self._read_at, intersection(self.right, self.data))
+            self.right = difference(self.right, unseen)
 
     def sent(self) -> None:
         """The destination has what it wanted, and no more."""
@@ -88,9 +110,9 @@ class Files:
         """All that there are."""
         return self._files
 
-    def begin(self, found: dict[Key, Callable[[], int]], pids: Iterable[int], *, last: bool) -> list[int]:
+    def begin(self, found: dict[Key, Callable[[], int]], pids: Iterable[int], *, compare: bool = False) -> list[int]:
         """Begin a look at the files that there are, each with what opens it for reading; returns the numbers of those
-        that are gone. ``last``: the workload is frozen.
+        that are gone. ``compare``: the rounds are over, or the workload is frozen.
 
         Takes some 3 µs for each descriptor of the processes, if there is a file."""
         gone = [key for key in self._files if key not in found]
@@ -105,6 +127,8 @@ class Files:
         self._held = holders.held_by(pids, self._of_descriptor) if self._files else None
         for file in self._files.values():
             file.data = extents(file.descriptor, 0, os.fstat(file.descriptor).st_size)
+            if compare:
+                file.compare()
         return numbers
 
     def take(self, answers: Iterable[ProcessChanges], pids: Iterable[int], *, last: bool) -> None:
@@ -115,8 +139,9 @@ class Files:
         for key, file in self._files.items():
             mapped = frozenset((each.pid, each.started, mapping) for each, mapping in seen.get(key, ()))
             lost = file.mapped - mapped or any(mapping.backing is not Backing.SHMEM for *_, mapping in mapped)
-            if file.told or others_wrote or lost or not (file.closed and self._is_free(key)):
-                file.right = []
+            unseen = file.told or others_wrote or lost or not (file.closed and self._is_free(key))
+            if unseen:
+                file.begin_comparing()
             for each, mapping in seen.get(key, ()):
                 runs = (*each.changes.dirty, *each.changes.dropped)
                 file.right = difference(file.right, _offsets(mapping, runs))
@@ -124,7 +149,7 @@ class Files:
         if not last:
             self._close(pids)
         for file in self._files.values():
-            file.wanted = difference(file.data, file.right) if file.closed or last else []
+            file.wanted = difference(file.data, file.right)
             file.too_much = difference(file.there, file.data)
 
     def _close(self, pids: Iterable[int]) -> None:
@@ -139,6 +164,9 @@ class Files:
                 file.nobody_outside = file.key not in outside
         for file in self._files.values():
             file.closed &= file.nobody_outside
+            file.met = True
+            if not file.closed:
+                file.begin_comparing()
 
     def _is_free(self, key: Key) -> bool:
         """Whether nobody in the tree could have mapped the file when this look began. (That somebody can now who could

@@ -142,7 +142,7 @@ class OwnTmpfs:
             for each in found:
                 if each.large:
                     opens[mount.at.device, each.status.st_ino] = partial(_open, mount.root, each)
-        self._gone += self._files.begin(opens, self._pids, last=last)
+        self._gone += self._files.begin(opens, self._pids, compare=fixed or last)
 
     def _points(self) -> tuple[TmpfsPoint, ...]:
         """What could be brought over; nothing where the workload has mounts that the root does not see, or ids of its

@@ -65,14 +65,14 @@ class TreeTracker:
     ) -> None:
         """Begin to track the processes there are; each is stopped for some hundred microseconds. ``segments`` are those
         of their IPC namespace, and end with this; without, every System V segment is dirty as a whole in every answer.
-        Without ``memfds`` no memfd counts as closed.
+        Without ``memfds`` no memfd counts as closed, or is compared.
 
         Raises ``TrackingFailed`` if one of them cannot be tracked, having left all of them as found, and ``TargetGone``
         if the root is gone."""
         self._root = root_pid
         self._make = make_tracker
         self._segments = segments or Segments(None)
-        self._memfds = memfds or Memfds(held=lambda _: None)
+        self._memfds = memfds or Memfds(held=lambda _: None, compare=False)
         self._members: dict[int, _Member] = {}
         self._gone: list[int] = []
         self._zombies: set[int] = set()
@@ -98,7 +98,8 @@ class TreeTracker:
         if start_time(self._root) != self._root_started:
             raise TargetGone(f"process {self._root}, the root of the workload, is gone")
         self._meet()
-        untouched = Closed(self._segments.untouched(self._members), self._memfds.untouched(self._members), files)
+        memfds = self._memfds.untouched(self._members)
+        untouched = Closed(self._segments.untouched(self._members), memfds, self._memfds.compared, files)
         others_wrote, self._departed = self._some_departed(), False
         answers: dict[int, ProcessChanges] = {}
         frozen: DataOfObjects | None = {} if last else None
@@ -112,7 +113,8 @@ class TreeTracker:
         self._segments.take(answers.values())
         self._memfds.take(answers.values())
         # After the last look nobody asks again: what it names is sent, or in the images, whoever comes then.
-        known = untouched if last else Closed(self._segments.closed, self._memfds.closed, files)
+        closed = Closed(self._segments.closed, self._memfds.closed, self._memfds.compared, files)
+        known = untouched if last else closed
         return {pid: replace(answer, closed=known, others_wrote=others_wrote) for pid, answer in answers.items()}
 
     def take_gone(self) -> tuple[int, ...]:

@@ -158,8 +158,18 @@ def test_shared_objects_are_hidden_where_that_is_faster(pages: int, name: str, y
     assert (hidden is not None) is yes
     if hidden is not None:
         assert (hidden.private, list(hidden.may_hide)) == (False, [7])
-        assert [hidden.hides(inode) for inode in (8, 7, 7)] == [False, True, False]
-        assert list(hidden.objects) == [7]
+        found = HiddenPages(
+            ROOT, private=False, objects=hidden.may_hide, processes=lambda _: [ROOT], mappings=lambda _: [shared]
+        )
+        assert [found.hides(inode) for inode in (8, 7, 7)] == [False, True, False]
+        assert list(found.objects) == [7]
+
+
+def test_an_object_that_is_not_mapped_any_more_is_not_hidden() -> None:
+    """A memfd may have a descriptor left."""
+    hidden = HiddenPages(ROOT, objects=[7], processes=lambda _: [ROOT], mappings=lambda _: [mapping(1, 2)])
+    assert not hidden.hides(7)
+    assert not hidden.objects
 
 
 @given(st.lists(st.integers(0, 30), max_size=12), st.integers(0, 30), st.integers(1, 30))
