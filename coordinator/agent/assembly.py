@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from coordinator.agent import priority
 from coordinator.agent.channel import Channel, Listener, connect
 from coordinator.agent.criu import HeldCriu
 from coordinator.agent.destination import DestinationHalf
@@ -29,6 +28,7 @@ from coordinator.agent.mending import mend_segment_sizes
 from coordinator.agent.movers import announcing_mover, outside_mover
 from coordinator.agent.namespaced import NamespacedNetwork
 from coordinator.agent.network import NetfixNetwork, ServiceNetwork, tree_socket_inodes
+from coordinator.agent.pacing import Pacer
 from coordinator.agent.process import start_time, wait_gone
 from coordinator.agent.runtimes.base import Runtime
 from coordinator.agent.runtimes.oci import oci_runtime_of
@@ -79,7 +79,7 @@ def real_adapters(plan: MigrationPlan, role: Role, places: Places) -> Adapters:
         network=_network(plan, role),
         memory_source=lambda policy: MemorySource(policy, _track, clock=time.monotonic, tmpfs=_tmpfs),
         memory_destination=StoredMemory,
-        pace=priority.set_pace,
+        pace=Pacer(),
         wait_gone=lambda pid, started: wait_gone(pid, started, CRIU_END_DEADLINE_S),
         start_time=start_time,
         mend=mend_segment_sizes,

@@ -13,8 +13,8 @@ nothing where the processor is shared out between groups.
 
 A kernel with autogroups (`kernel.sched_autogroup_enabled`, on in Debian's) shares the processor out between sessions
 first, and a thread's policy and nice value say nothing outside its own. So the group of our session gets a nice value
-too (sched(7)): sshd makes us a session of our own, and so do the tasks that are restored. In the background it is one
-which keeps a tenth of the processor for us on a host that is busy: copying must not stand still.
+too (sched(7)): sshd makes us a session of our own, and so do the tasks that are restored. In the background it is the
+last one, a hundredth of a processor on a host that never idles; or, where that is too little, a tenth (``pacing``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from coordinator.agent.tasks import process_tree, threads
 Pace = Literal["background", "urgent", "usual", "serving"]
 
 _URGENT_NICE, _BACKGROUND_NICE = -10, 19
-#: Of the session's group: a weight of 110 beside 1024 (kernel/sched/core.c, sched_prio_to_weight).
-_BACKGROUND_GROUP_NICE = 10
+#: Of the session's group, a weight of 110 beside 1024 (kernel/sched/core.c, sched_prio_to_weight). That of 19 is 15.
+_PRESSING_GROUP_NICE = 10
 #: The shortest that Linux takes (kernel/sched/syscalls.c, __setparam_fair), in nanoseconds; 0: as everybody.
 _SHORT_SLICE_NS = 100_000
 
@@ -57,7 +57,12 @@ def set_pace(pace: Pace) -> None:
     nice = {"background": _BACKGROUND_NICE, "urgent": _URGENT_NICE}.get(pace, 0)
     for pid in process_tree(os.getpid()) if pace == "urgent" else [os.getpid()]:
         _set(pid, policy, nice, slice_ns)
-        _set_group(pid, _BACKGROUND_GROUP_NICE if background else nice)
+        _set_group(pid, nice)
+
+
+def press_on(pressing: bool) -> None:
+    """In the background: have a tenth of the processor all the same, or no more."""
+    _set_group(os.getpid(), _PRESSING_GROUP_NICE if pressing else _BACKGROUND_NICE)
 
 
 def step_back(pids: Iterable[int]) -> None:

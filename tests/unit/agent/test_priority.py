@@ -79,10 +79,15 @@ def test_in_the_background_nobody_waits_longer_than_a_tenth_of_a_millisecond(chi
 
 PACES = """
 from pathlib import Path
-from coordinator.agent.priority import set_pace
-for pace in ("background", "urgent", "usual"):
-    set_pace(pace)
+from coordinator.agent.priority import press_on, set_pace
+def tell():
     print(Path("/proc/self/autogroup").read_text().split()[-1])
+for pace in ("background", "urgent", "usual", "background"):
+    set_pace(pace)
+    tell()
+for pressing in (True, False):
+    press_on(pressing)
+    tell()
 """
 
 
@@ -91,4 +96,4 @@ for pace in ("background", "urgent", "usual"):
 def test_the_session_goes_along() -> None:
     command = [sys.executable, "-c", PACES]
     said = subprocess.run(command, start_new_session=True, capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["10", "-10", "0"]
+    assert said.split() == ["19", "-10", "0", "19", "10", "19"]
