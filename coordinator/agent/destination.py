@@ -52,6 +52,7 @@ class DestinationHalf(RestoringHalf):
     """See the module."""
 
     _go: asyncio.Future[Go] | None = None
+    _releasing: asyncio.Future[None] | None = None
     _received_bytes: int = 0
     _sockets: tuple[SocketFacts, ...] = ()
     _root_pid: int = 0
@@ -99,8 +100,9 @@ class DestinationHalf(RestoringHalf):
         try:
             return await self._to_the_end()
         finally:
-            if self._go is not None:
-                await ended(self._go)
+            for waited_for in (self._go, self._releasing):
+                if waited_for is not None:
+                    await ended(waited_for)
 
     async def _to_the_end(self) -> HalfResult:
         try:
@@ -234,14 +236,13 @@ class DestinationHalf(RestoringHalf):
         to do again, and memory still comes in."""
         doubts: list[LivemoveError] = []
         await self._attempt(self._let_out, doubts)  # what they send is lost behind the gate, and they send it again
-        releasing: asyncio.Future[None] | None = None
         try:
             await self._connect()
-            releasing = asyncio.ensure_future(self._attempt(self._release_held, doubts))
+            releasing = self._releasing = asyncio.ensure_future(self._attempt(self._release_held, doubts))
             await self._resume()
         except Exception as error:
-            if releasing is not None:
-                await releasing
+            if self._releasing is not None:
+                await self._releasing
             self.let_go()  # the journal has COMMITTED: with or without us, the tasks run
             self._linger()
             return self.result("in_doubt", self._lost(as_livemove_error(error, "resuming the tasks")))

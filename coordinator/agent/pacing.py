@@ -9,36 +9,43 @@ account of how long we have waited for a processor is looked at (Documentation/s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from coordinator.agent import priority
 from coordinator.agent.priority import Pace
+from coordinator.agent.tasks import threads
 
 #: How often to look, in seconds.
 LOOK_S = 0.25
 #: Who has waited most of the time, and three times as long as he ran, is starved, until he runs as long as he waits.
 _STARVED, _MOST = 3, 0.5
 
-#: How long this process has run, and waited to run, in nanoseconds; ``None`` where the kernel keeps no account.
-Times = tuple[int, int]
+#: How long each thread of this process has run, and waited to run, in nanoseconds, by its number. Nothing where the
+#: kernel keeps no account.
+Times = Mapping[int, tuple[int, int]]
 
 
 def starves(before: Times, now: Times, was_starved: bool, span_s: float = LOOK_S) -> bool:
     """Whether a process gets too little of the processors (pure)."""
-    ran, waited = now[0] - before[0], now[1] - before[1]
+    ran, waited = (
+        sum(spent[kind] - before.get(thread, (0, 0))[kind] for thread, spent in now.items()) for kind in (0, 1)
+    )
     if was_starved:
         return waited > ran
     return waited > _STARVED * ran and waited > _MOST * span_s * 1e9
 
 
-def times() -> Times | None:
-    """Of the thread that does most of an agent's work."""
-    try:
-        ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return int(ran), int(waited)
+def times() -> Times:
+    """Of all threads that there are now."""
+    found = {}
+    for thread in threads(os.getpid()):
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            ran, waited, _ = Path(f"/proc/self/task/{thread}/schedstat").read_text().split()
+            found[thread] = int(ran), int(waited)
+    return found
 
 
 class Pacer:
@@ -46,7 +53,7 @@ class Pacer:
 
     def __init__(
         self,
-        look: Callable[[], Times | None] = times,
+        look: Callable[[], Times] = times,
         set_pace: Callable[[Pace], None] = priority.set_pace,
         press_on: Callable[[bool], None] = priority.press_on,
     ) -> None:
@@ -66,11 +73,9 @@ class Pacer:
 
     async def _keep_coming_on(self) -> None:
         before, starved = self._look(), False
-        while before is not None:
+        while before:
             await asyncio.sleep(LOOK_S)
             now = self._look()
-            if now is None:
-                return
             if starves(before, now, starved) != starved:
                 starved = not starved
                 self._press_on(starved)

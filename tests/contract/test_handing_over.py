@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -212,3 +212,59 @@ async def test_of_one_that_nobody_has_mapped_any_more_nothing_counts_as_sent(com
     forget_differing(compared.shared)
     assert not compared.shared.sent(each.number)
     assert not worth_hiding(answers)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_what_ends_within_a_page_arrives_to_its_last_byte(kept: bool) -> None:
+    size = PAGES * PAGE_BYTES - 100
+    with Target() as target:
+        target.run(f"globals().update(fd=os.memfd_create('m')); os.pwrite(fd, b'a' * {size}, 0)")
+        target.run(f"(start := area({PAGES}, SHARED, fd)); put(start, 1, 5)")
+        if not kept:
+            target.run("os.close(fd)")
+        moving = Moving(target)
+        await moving.round()
+        target.run(f"put(start + {PAGES - 1} * PAGE, 2)")
+        await moving.round(last=True)
+        assert moving.arrived()[:size] == content(target)[:size]
+        (whole,) = (each for each in moving.link.messages if isinstance(each, HandedOver))
+        assert whole.size == size
+        moving.tree.close()
+        await moving.link.memory.close()
+
+
+async def test_one_that_gets_a_descriptor_again_is_compared_with_nothing(compared: Moving) -> None:
+    """What was sent of it before has no digests, and nothing else tells of what is written from then on."""
+    target = compared.target
+    target.run("os.close(fd)")
+    await compared.round()
+    await compared.round()
+    span = f"{target.run('start'):x}-{target.run('start') + PAGES * PAGE_BYTES:x}"
+    target.run(f"globals().update(fd=os.open('/proc/self/map_files/{span}', os.O_RDWR))")
+    await compared.round()
+    target.run("os.pwrite(fd, b'z', 9 * PAGE)")
+    await compared.round()
+    await compared.round(last=True)
+    assert compared.arrived() == content(target)
+
+
+async def test_one_that_is_made_while_all_are_asked_is_not_taken_for_closed() -> None:
+    """Its descriptor was not there when they were looked up."""
+    with Target() as target:
+        moving = Moving(target)
+        before = moving.tree._memfds.untouched
+
+        def untouched(pids: Iterable[int]) -> frozenset[int]:
+            found = before(pids)
+            target.run(f"globals().update(fd=os.memfd_create('m')); os.ftruncate(fd, {PAGES} * PAGE)")
+            target.run(f"(start := area({PAGES}, SHARED, fd)); put(start, 1, {PAGES})")
+            return found
+
+        moving.tree._memfds.untouched = untouched  # type: ignore[method-assign]
+        await moving.round()
+        moving.tree._memfds.untouched = before  # type: ignore[method-assign]
+        target.run("os.pwrite(fd, b'z', 9 * PAGE); os.close(fd)")
+        await moving.round(last=True)
+        assert moving.arrived() == content(target)
+        moving.tree.close()
+        await moving.link.memory.close()

@@ -43,6 +43,11 @@ def large(name, pages=PAGES):
     fd = os.open(name, os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, pages * PAGE)
     return fd
+def with_content(name, size):
+    fd = large(name)
+    os.pwrite(fd, b'z' * size, 0)
+    os.ftruncate(fd, size)
+    os.close(fd)
 def opened(do, how=os.O_RDWR):
     fd = os.open('mapped', how)
     do(fd)
@@ -164,6 +169,7 @@ def test_a_mapped_file_is_told_page_for_page(target: Target, looks: Looks) -> No
 PAST_THE_MAPPING = {
     "write": "opened(lambda fd: os.pwrite(fd, b'x' * 9, 3 * PAGE))",
     "write-only": "opened(lambda fd: os.pwrite(fd, b'x' * 9, 3 * PAGE), os.O_WRONLY)",
+    "odd-size": "with_content('odd', PAGES * PAGE - 5)",
     "append": "opened(lambda fd: os.write(fd, b'x' * PAGE), os.O_WRONLY | os.O_APPEND)",
     "shorter": "opened(lambda fd: os.ftruncate(fd, 300 * PAGE + 7))",
     "shorter-and-longer": "opened(lambda fd: (os.ftruncate(fd, PAGE), os.ftruncate(fd, PAGES * PAGE)))",
@@ -329,6 +335,7 @@ def test_anything_at_any_time(target: Target, looks: Looks) -> None:
         *(PAST_THE_MAPPING[how] for how in ("write", "hole", "hole-by-mapping", "sendfile", "mapped-anew")),
         "put(start + {page} * PAGE, {value}, 3)",
         "pass_by(kept, {page}, {value})",
+        "os.pwrite(kept, b'{value}' * 3000, os.fstat(kept).st_size)",
         "os.pwrite(kept, b'{value}', {page} * PAGE)",
         "os.rename('kept', 'kept-{value}') if os.path.exists('kept') else 0",
         "open('small-{page}', 'w').write('{value}')",

@@ -26,6 +26,7 @@ from coordinator.agent.memory.shared import SharedMemory, Span
 from coordinator.agent.memory.tmpfs_source import NoTmpfs, TmpfsSource
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.messages import (
+    RUNS_PER_MESSAGE,
     ChannelMessage,
     DroppedPages,
     FetchedPages,
@@ -43,9 +44,6 @@ from coordinator.events import Progress
 from coordinator.protocol import MemoryPolicy, Mode
 
 T = TypeVar("T")
-
-#: Runs named in one message; the header stays far below the channel's bound.
-_RUNS_PER_MESSAGE = 4096
 
 
 def processes_of(root_pid: int) -> dict[int, int]:
@@ -266,6 +264,8 @@ class MemorySource:
 
     async def close(self) -> None:
         """Remove every trace from the processes. Idempotent."""
+        self._shared.stop()  # the service may be running again, and nobody reaches it before this is over
+        self._tmpfs.stop()
         if self._last is not None:
             self._last.cancel()
             await asyncio.gather(self._last, return_exceptions=True)
@@ -369,8 +369,8 @@ class MemorySource:
 
     @staticmethod
     async def _drop(each: ProcessChanges, link: Channel, runs: tuple[PageRun, ...]) -> None:
-        for begin in range(0, len(runs), _RUNS_PER_MESSAGE):
-            part = runs[begin : begin + _RUNS_PER_MESSAGE]
+        for begin in range(0, len(runs), RUNS_PER_MESSAGE):
+            part = runs[begin : begin + RUNS_PER_MESSAGE]
             starts, counts = tuple(run.start for run in part), tuple(run.pages for run in part)
             await link.send(DroppedPages(pid=each.inner_pid, starts=starts, counts=counts))
 

@@ -20,7 +20,7 @@ from coordinator.agent.memory.base import PAGE_BYTES, Mapping, ProcessChanges
 from coordinator.agent.memory.runs import Spans, difference
 from coordinator.agent.memory.shared import SharedMemory
 from coordinator.agent.memory.shared_objects import extents
-from coordinator.agent.messages import DroppedPages, HandedOver, PageBatch, SharedObject
+from coordinator.agent.messages import RUNS_PER_MESSAGE, DroppedPages, HandedOver, PageBatch, SharedObject
 from coordinator.errors import TrackingFailed
 
 _F_GET_SEALS, _F_SEAL_SEAL = 1034, 0x1  # include/uapi/linux/fcntl.h
@@ -121,9 +121,11 @@ async def _hand_over(link: Channel, shared: SharedMemory, inode: int, answers: l
         for at, content in file.read(difference(data, shared.sent(number))):
             await link.send(PageBatch(pid=number, starts=(at,), counts=(len(content) // PAGE_BYTES,)), content)
             sent += len(content)
-        if holes := difference(whole, data):
-            starts = tuple(start for start, _ in holes)
-            counts = tuple((end - start) // PAGE_BYTES for start, end in holes)
+        holes = difference(whole, data)
+        for at in range(0, len(holes), RUNS_PER_MESSAGE):
+            part = holes[at : at + RUNS_PER_MESSAGE]
+            starts = tuple(start for start, _ in part)
+            counts = tuple((end - start) // PAGE_BYTES for start, end in part)
             await link.send(DroppedPages(pid=number, starts=starts, counts=counts))
     image = f"pagemap-shmem-{inode}.img"
     await link.send(HandedOver(number=number, image=image, size=size, pid=each.inner_pid, address=mapping.start))

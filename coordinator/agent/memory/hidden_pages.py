@@ -16,7 +16,7 @@ nowhere. Whatever it holds is then brought over by ``handing_over``, which reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from coordinator.agent.memory import base
 from coordinator.agent.memory.base import ProcessChanges
@@ -59,6 +59,8 @@ class HiddenPages:
         self._processes = processes
         self._mappings = mappings
         self._tasks: Collection[int] = ()
+        self._unread: Iterator[int] | None = None
+        self._mapped: set[int] = set()
         self._may_hide: dict[int, Spans] = {}
         self._hidden: dict[int, Spans] = {}
 
@@ -83,8 +85,16 @@ class HiddenPages:
         return True
 
     def _is_mapped(self, inode: int) -> bool:
-        self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
-        return any(each.shared and each.inode == inode for pid in self._tasks for each in self._mappings(pid))
+        """The tasks are read one after the other, once, until there are no more objects to find."""
+        if self._unread is None:
+            self._tasks = self._tasks or self._processes(self._root_pid)  # frozen: they stay the same
+            self._unread = iter(self._tasks)
+        while inode not in self._mapped and not self._mapped.issuperset(self.may_hide):
+            if (pid := next(self._unread, None)) is None:
+                break
+            of_memory = (each for each in self._mappings(pid) if each.anonymous_shared or each.memfd is not None)
+            self._mapped.update(each.inode for each in of_memory)
+        return inode in self._mapped
 
     def visible(self, pid: int, start: int, end: int) -> Spans | None:
         """What CRIU is to see of the addresses from ``start`` to ``end``; ``None``: all of it.

@@ -60,6 +60,10 @@ class Memfds:
         self._mapped = frozenset(mapping.memfd for mapping in mappings if mapping.memfd is not None)
         free = frozenset() if self._held is None else self._mapped - self._held
         if new := free - self._seen_outside.keys():
+            # One that was made after the look began may have a descriptor that was not seen.
+            held = self._holders(self._pids)
+            free = free - (new if held is None else held & new)
+            new &= free
             found = self._outside(new, self._pids)
             self._seen_outside.update((inode, inode in found) for inode in new)
         self.closed = frozenset(inode for inode in free if not self._seen_outside[inode])

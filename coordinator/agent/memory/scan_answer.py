@@ -78,11 +78,10 @@ class ScanAnswerer:
     def is_hidden(self, asker: int, descriptor: int, waits: Callable[[], bool]) -> bool:
         """Whether what the thread ``asker`` has open is a shared object that it is to see as empty. ``waits``: see
         ``answer``."""
-        try:
+        with suppress(OSError):
             status = os.stat(f"/proc/{asker}/fd/{descriptor}")  # noqa: PTH116
-        except OSError:
-            return False
-        return status.st_dev == self._shared_device and waits() and self._hidden.hides(status.st_ino)
+            return status.st_dev == self._shared_device and waits() and self._hidden.hides(status.st_ino)
+        return False
 
     def _scanned_process(self, scanner: int, descriptor: int) -> int | None:
         """The process whose page map a descriptor of ``scanner`` is, as numbered here.

@@ -13,81 +13,97 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from coordinator.agent.memory.base import PAGE_BYTES
-from coordinator.agent.memory.runs import Span, Spans, intersection, normalise
+from coordinator.agent.memory.runs import Spans, normalise
 
 #: Compared together: with 64 KiB, SHA-256 is nearly as fast as it can be.
 BLOCK_BYTES = 16 * PAGE_BYTES
 #: Given to a thread at a time.
-_STRETCH_BYTES = 64 * BLOCK_BYTES
+_BLOCKS_AT_ONCE = 64
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_UNKNOWN = bytes(BLOCK_BYTES // PAGE_BYTES * _DIGEST_BYTES)
 
 #: Reads so many bytes at an offset; fewer where the object ends.
 Read = Callable[[int, int], bytes]
 
 
 class SentDigests:
-    """The digests of one object."""
+    """The digests of one object, which may have large holes."""
 
     def __init__(self) -> None:
-        self._pages = bytearray()
+        #: By the block's number, those of its pages one after the other; zero: not known.
+        self._pages: dict[int, bytearray] = {}
         self._blocks: dict[int, bytes] = {}
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Nobody wants to know any more: a comparison that is under way ends soon, and all that is left differs."""
+        self._stopped = True
 
     def note(self, offset: int, content: bytes | memoryview) -> None:
         """These whole pages are sent."""
         view = memoryview(content)
-        first, count = offset // PAGE_BYTES, len(view) // PAGE_BYTES
-        missing = (first + count) * _DIGEST_BYTES - len(self._pages)
-        self._pages.extend(bytes(max(missing, 0)))
-        for page in range(count):
-            digest = hashlib.sha256(view[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]).digest()
-            self._pages[(first + page) * _DIGEST_BYTES : (first + page + 1) * _DIGEST_BYTES] = digest
-        for block in range(offset // BLOCK_BYTES, -(-(offset + len(view)) // BLOCK_BYTES)):
+        for at in range(0, len(view), PAGE_BYTES):
+            block, place = _place(offset + at)
+            digests = self._pages.get(block)
+            if digests is None:
+                digests = self._pages[block] = bytearray(_UNKNOWN)
+            digests[place : place + _DIGEST_BYTES] = hashlib.sha256(view[at : at + PAGE_BYTES]).digest()
             self._blocks.pop(block, None)
 
     def differing(self, read: Read, spans: Spans) -> Spans:
         """Those of the pages in ``spans`` (offsets) that are not as they were sent, or never were. Blocks until all are
         read; in as many threads as there are processors. Raises what ``read`` raises."""
-        stretches = [
-            (at, min(at + _STRETCH_BYTES, end))
-            for start, end in _whole_blocks(spans)
-            for at in range(start, end, _STRETCH_BYTES)
-        ]
+        asked = list(_by_block(spans).items())
+        groups = [asked[at : at + _BLOCKS_AT_ONCE] for at in range(0, len(asked), _BLOCKS_AT_ONCE)]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-            found = threads.map(
-                lambda stretch: self._differing(read, stretch, intersection([stretch], spans)), stretches
-            )
+            found = threads.map(lambda group: self._differing(read, group), groups)
             return normalise(span for spans in found for span in spans)
 
-    def _differing(self, read: Read, stretch: Span, spans: Spans) -> Spans:
+    def _differing(self, read: Read, asked: list[tuple[int, Spans]]) -> Spans:
+        """Of some blocks, each with the pages in question."""
         found: Spans = []
-        for start in range(*stretch, BLOCK_BYTES):
-            content = read(start, BLOCK_BYTES)
-            view = memoryview(content.ljust(BLOCK_BYTES, b"\0"))
-            digest = hashlib.sha256(view).digest()
-            if self._blocks.get(start // BLOCK_BYTES) == digest:
+        for block, spans in asked:
+            if self._stopped:
+                found += spans
                 continue
-            block = (start, start + BLOCK_BYTES)
-            asked = intersection([block], spans)
-            differing = self._differing_pages(start, view, asked)
+            start = block * BLOCK_BYTES
+            view = memoryview(read(start, BLOCK_BYTES).ljust(BLOCK_BYTES, b"\0"))
+            digest = hashlib.sha256(view).digest()
+            if self._blocks.get(block) == digest:
+                continue
+            differing = self._differing_pages(start, view, spans)
             found += differing
-            if not differing and asked == [block]:  # of the others nothing is known
-                self._blocks[start // BLOCK_BYTES] = digest
+            if not differing and spans == [(start, start + BLOCK_BYTES)]:  # of the others nothing is known
+                self._blocks[block] = digest
         return found
 
     def _differing_pages(self, start: int, view: memoryview, spans: Spans) -> Spans:
         found: Spans = []
         for first, last in spans:
             for at in range(first, last, PAGE_BYTES):
-                digest = hashlib.sha256(view[at - start : at - start + PAGE_BYTES]).digest()
-                place = at // PAGE_BYTES * _DIGEST_BYTES
-                if self._pages[place : place + _DIGEST_BYTES] != digest:
+                block, place = _place(at)
+                known = self._pages.get(block, _UNKNOWN)[place : place + _DIGEST_BYTES]
+                if known != hashlib.sha256(view[at - start : at - start + PAGE_BYTES]).digest():
                     found.append((at, at + PAGE_BYTES))
         return found
 
 
-def _whole_blocks(spans: Iterable[Span]) -> Spans:
-    return normalise((start - start % BLOCK_BYTES, end + -end % BLOCK_BYTES) for start, end in spans)
+def _place(offset: int) -> tuple[int, int]:
+    """The number of a page's block, and where its digest is among the block's."""
+    return offset // BLOCK_BYTES, offset % BLOCK_BYTES // PAGE_BYTES * _DIGEST_BYTES
+
+
+def _by_block(spans: Spans) -> dict[int, Spans]:
+    found: dict[int, Spans] = {}
+    for start, end in spans:
+        at = start
+        while at < end:
+            block = at // BLOCK_BYTES
+            until = min(end, (block + 1) * BLOCK_BYTES)
+            found.setdefault(block, []).append((at, until))
+            at = until
+    return found

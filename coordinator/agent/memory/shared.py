@@ -98,7 +98,7 @@ class SharedMemory:
                 for run in wanted:
                     _mark(self._sent[number], _first(mapping, run), run.pages, 1)
                 if wanted:
-                    yield SharedRuns(each.pid, number, wanted, mapping, self._digests_of(number, mapping, each))
+                    yield SharedRuns(each.pid, number, wanted, mapping, self._digests.get(number))
 
     def dirty_pages(self, changed: Iterable[ProcessChanges]) -> int:
         """How many pages ``round`` would have sent."""
@@ -115,12 +115,6 @@ class SharedMemory:
         for run in vanished:
             _mark(self._sent[runs.object], (run.start + runs.shift) // PAGE_BYTES, run.pages, 0)
 
-    def _digests_of(self, number: int, mapping: Mapping, each: ProcessChanges) -> SentDigests | None:
-        """Made with the first pages of an object that are to be compared."""
-        if mapping.memfd in each.closed.compared:
-            return self._digests.setdefault(number, SentDigests())
-        return None
-
     def compared(self) -> list[Compared]:
         """The objects that have to be compared, and where they were mapped in the last round."""
         places: dict[int, list[tuple[int, Mapping]]] = {}
@@ -128,6 +122,11 @@ class SharedMemory:
             for mapping in mappings:
                 places.setdefault(self.number(mapping), []).append((pid, mapping))
         return [Compared(number, each, places.get(number, [])) for number, each in self._digests.items()]
+
+    def stop(self) -> None:
+        """The move is over: comparisons that are under way end soon."""
+        for each in list(self._digests.values()):
+            each.stop()
 
     def forget(self, number: int, spans: Spans) -> None:
         """The destination does not have these pages (offsets) as they are: the images have them."""
@@ -205,9 +204,12 @@ class SharedMemory:
                 _mark(self._sent[self.number(mapping)], _first(mapping, run), run.pages, 0)
         mapped = {mapping for mapping in each.changes.mappings if _is_kept(mapping, each)}
         for mapping in self._mapped.get((each.pid, each.started), set()) - mapped:
-            if mapping.memfd not in each.closed.compared:
-                self._sent[self.number(mapping)] = bytearray()
+            if (number := self.number(mapping)) not in self._digests:  # else it is compared
+                self._sent[number] = bytearray()
         self._mapped[each.pid, each.started] = mapped
+        for mapping in mapped:  # what was sent before differs from then on, because there is no digest of it
+            if mapping.memfd in each.closed.compared:
+                self._digests.setdefault(self.number(mapping), SentDigests())
 
 
 def _shared(each: ProcessChanges, *, dropped: bool = False) -> Iterator[tuple[Mapping, tuple[PageRun, ...]]]:

@@ -94,7 +94,7 @@ def extents(descriptor: int, position: int, end: int) -> Spans:
             break
         first -= first % PAGE_BYTES
         last += -last % PAGE_BYTES
-        found.append((first, min(last, end)))
+        found.append((first, min(last, end + -end % PAGE_BYTES)))
         position = last
     return found
 

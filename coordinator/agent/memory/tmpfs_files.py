@@ -178,6 +178,12 @@ class Files:
         """How many pages are wanted, by the last look."""
         return sum(count_pages(file.wanted) for file in self._files.values())
 
+    def stop(self) -> None:
+        """The move is over: a look that is under way, in another thread, ends soon."""
+        for file in list(self._files.values()):
+            if file.digests is not None:
+                file.digests.stop()
+
     def close(self) -> None:
         """Idempotent."""
         for file in self._files.values():

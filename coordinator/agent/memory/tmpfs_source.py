@@ -28,6 +28,7 @@ from coordinator.agent.memory.tmpfs_entries import LARGE_BYTES, Folders, Found, 
 from coordinator.agent.memory.tmpfs_files import File, Files, Key, device_name
 from coordinator.agent.memory.tmpfs_mounts import TmpfsPoint, movable
 from coordinator.agent.messages import (
+    RUNS_PER_MESSAGE,
     DroppedPages,
     PageBatch,
     TmpfsEntries,
@@ -76,6 +77,9 @@ class TmpfsSource(Protocol):
     def external(self) -> tuple[str, ...]:
         """What CRIU is told at the dump (criu(8), --external)."""
 
+    def stop(self) -> None:
+        """The move is over: a look that is under way ends soon."""
+
     def close(self) -> None:
         """Let go of the mounts. Idempotent."""
 
@@ -100,6 +104,9 @@ class NoTmpfs:
     async def complete(self, link: Channel) -> int:
         """See ``TmpfsSource``."""
         return 0
+
+    def stop(self) -> None:
+        """See ``TmpfsSource``."""
 
     def close(self) -> None:
         """See ``TmpfsSource``."""
@@ -210,9 +217,10 @@ class OwnTmpfs:
         if file.number not in self._told:
             self._told[file.number] = mount
             await link.send(TmpfsFile(number=file.number, mount=mount))
-        if file.too_much:
-            starts = tuple(start for start, _ in file.too_much)
-            counts = tuple((end - start) // PAGE_BYTES for start, end in file.too_much)
+        for first in range(0, len(file.too_much), RUNS_PER_MESSAGE):
+            part = file.too_much[first : first + RUNS_PER_MESSAGE]
+            starts = tuple(start for start, _ in part)
+            counts = tuple((end - start) // PAGE_BYTES for start, end in part)
             await link.send(DroppedPages(pid=file.number, starts=starts, counts=counts))
         sent, content = 0, file.read(file.wanted, step)
         while (piece := await asyncio.to_thread(next, content, None)) is not None:
@@ -238,6 +246,10 @@ class OwnTmpfs:
                 await link.send(message, entries + contents)
                 sent += sum(sizes)
         return sent
+
+    def stop(self) -> None:
+        """See ``TmpfsSource``."""
+        self._files.stop()
 
     def close(self) -> None:
         """See ``TmpfsSource``."""

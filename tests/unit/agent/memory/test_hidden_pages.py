@@ -165,6 +165,18 @@ def test_shared_objects_are_hidden_where_that_is_faster(pages: int, name: str, y
         assert list(found.objects) == [7]
 
 
+def test_each_task_is_read_once_however_many_objects_there_are() -> None:
+    read: list[int] = []
+
+    def mappings(pid: int) -> list[Mapping]:
+        read.append(pid)
+        return [mapping(0, 300, f"rw-s 00000000 00:01 {pid} {ANONYMOUS}")]
+
+    hidden = HiddenPages(ROOT, objects=[3, 2, 1, 7], processes=lambda _: [1, 2, 3], mappings=mappings)
+    assert [hidden.hides(inode) for inode in (2, 7, 7, 3, 1)] == [True, False, False, True, True]
+    assert read == [1, 2, 3]
+
+
 def test_an_object_that_is_not_mapped_any_more_is_not_hidden() -> None:
     """A memfd may have a descriptor left."""
     hidden = HiddenPages(ROOT, objects=[7], processes=lambda _: [ROOT], mappings=lambda _: [mapping(1, 2)])

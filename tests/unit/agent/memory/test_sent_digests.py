@@ -66,3 +66,13 @@ def test_of_what_does_not_matter_nothing_is_read() -> None:
     memory = Object()
     assert SentDigests().differing(memory.read, []) == []
     assert memory.reads == 0
+
+
+def test_who_is_stopped_reads_no_more() -> None:
+    memory, digests = Object(), SentDigests()
+    digests.note(0, memory.read(0, PAGES * P))
+    digests.stop()
+    everything = spans_of(set(range(PAGES)))
+    memory.reads = 0
+    assert digests.differing(memory.read, everything) == everything
+    assert memory.reads == 0
