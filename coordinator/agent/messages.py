@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from coordinator.facts import SocketFacts
 
-#: Runs of pages named in one message; the header stays far below the channel's bound.
-RUNS_PER_MESSAGE = 4096
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelMessage:

@@ -11,12 +11,11 @@ import asyncio
 from contextlib import suppress
 
 from coordinator.agent.channel import Channel
-from coordinator.agent.memory.base import PAGE_BYTES
 from coordinator.agent.memory.handing_over import SharedFile
+from coordinator.agent.memory.page_messages import consecutive
 from coordinator.agent.memory.pages import BATCH_BYTES
 from coordinator.agent.memory.runs import Spans, intersection
 from coordinator.agent.memory.shared import Compared, SharedMemory
-from coordinator.agent.messages import PageBatch
 
 
 async def send_differing(link: Channel, shared: SharedMemory) -> int:
@@ -28,8 +27,7 @@ async def send_differing(link: Channel, shared: SharedMemory) -> int:
             differing = await asyncio.to_thread(_differing, shared, each, file)
             for at, content in file.read(differing, BATCH_BYTES):
                 await asyncio.to_thread(each.digests.note, at, content)
-                message = PageBatch(pid=each.number, starts=(at,), counts=(len(content) // PAGE_BYTES,))
-                await link.send(message, content)
+                await link.send(consecutive(each.number, at, content), content)
                 sent += len(content)
     return sent
 

@@ -20,15 +20,14 @@ from coordinator.agent.memory.convergence import ConvergencePolicy, Decision, Ki
 from coordinator.agent.memory.copy_report import CopyReport
 from coordinator.agent.memory.handing_over import described, hand_over
 from coordinator.agent.memory.hidden_pages import HiddenPages, hide
+from coordinator.agent.memory.page_messages import dropped
 from coordinator.agent.memory.pages import PageData, read_pages
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.shared import SharedMemory, Span
 from coordinator.agent.memory.tmpfs_source import NoTmpfs, TmpfsSource
 from coordinator.agent.memory.tree import inner_pid
 from coordinator.agent.messages import (
-    RUNS_PER_MESSAGE,
     ChannelMessage,
-    DroppedPages,
     FetchedPages,
     FetchPages,
     GiveUp,
@@ -369,10 +368,8 @@ class MemorySource:
 
     @staticmethod
     async def _drop(each: ProcessChanges, link: Channel, runs: tuple[PageRun, ...]) -> None:
-        for begin in range(0, len(runs), RUNS_PER_MESSAGE):
-            part = runs[begin : begin + RUNS_PER_MESSAGE]
-            starts, counts = tuple(run.start for run in part), tuple(run.pages for run in part)
-            await link.send(DroppedPages(pid=each.inner_pid, starts=starts, counts=counts))
+        for message in dropped(each.inner_pid, [(run.start, run.end) for run in runs]):
+            await link.send(message)
 
 
 def lazy_runs(changes: Changes) -> list[PageRun]:

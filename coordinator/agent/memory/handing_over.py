@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.memory.base import PAGE_BYTES, Mapping, ProcessChanges
+from coordinator.agent.memory.page_messages import consecutive, dropped
 from coordinator.agent.memory.runs import Spans, difference
 from coordinator.agent.memory.shared import SharedMemory
 from coordinator.agent.memory.shared_objects import extents
-from coordinator.agent.messages import RUNS_PER_MESSAGE, DroppedPages, HandedOver, PageBatch, SharedObject
+from coordinator.agent.messages import HandedOver, SharedObject
 from coordinator.errors import TrackingFailed
 
 _F_GET_SEALS, _F_SEAL_SEAL = 1034, 0x1  # include/uapi/linux/fcntl.h
@@ -119,14 +120,10 @@ async def _hand_over(link: Channel, shared: SharedMemory, inode: int, answers: l
         data, size = file.data(), file.size
         whole = [(0, size + -size % PAGE_BYTES)]
         for at, content in file.read(difference(data, shared.sent(number))):
-            await link.send(PageBatch(pid=number, starts=(at,), counts=(len(content) // PAGE_BYTES,)), content)
+            await link.send(consecutive(number, at, content), content)
             sent += len(content)
-        holes = difference(whole, data)
-        for at in range(0, len(holes), RUNS_PER_MESSAGE):
-            part = holes[at : at + RUNS_PER_MESSAGE]
-            starts = tuple(start for start, _ in part)
-            counts = tuple((end - start) // PAGE_BYTES for start, end in part)
-            await link.send(DroppedPages(pid=number, starts=starts, counts=counts))
+        for message in dropped(number, difference(whole, data)):
+            await link.send(message)
     image = f"pagemap-shmem-{inode}.img"
     await link.send(HandedOver(number=number, image=image, size=size, pid=each.inner_pid, address=mapping.start))
     return sent

@@ -22,15 +22,13 @@ from typing import Protocol
 
 from coordinator.agent.channel import Channel
 from coordinator.agent.memory.base import NO_FILES, PAGE_BYTES, HeldFiles, ProcessChanges
+from coordinator.agent.memory.page_messages import consecutive, dropped
 from coordinator.agent.memory.pages import BATCH_BYTES
 from coordinator.agent.memory.ptrace import TargetGone
 from coordinator.agent.memory.tmpfs_entries import LARGE_BYTES, Folders, Found, listed, open_file, walk
 from coordinator.agent.memory.tmpfs_files import File, Files, Key, device_name
 from coordinator.agent.memory.tmpfs_mounts import TmpfsPoint, movable
 from coordinator.agent.messages import (
-    RUNS_PER_MESSAGE,
-    DroppedPages,
-    PageBatch,
     TmpfsEntries,
     TmpfsFile,
     TmpfsFileGone,
@@ -217,15 +215,12 @@ class OwnTmpfs:
         if file.number not in self._told:
             self._told[file.number] = mount
             await link.send(TmpfsFile(number=file.number, mount=mount))
-        for first in range(0, len(file.too_much), RUNS_PER_MESSAGE):
-            part = file.too_much[first : first + RUNS_PER_MESSAGE]
-            starts = tuple(start for start, _ in part)
-            counts = tuple((end - start) // PAGE_BYTES for start, end in part)
-            await link.send(DroppedPages(pid=file.number, starts=starts, counts=counts))
+        for message in dropped(file.number, file.too_much):
+            await link.send(message)
         sent, content = 0, file.read(file.wanted, step)
         while (piece := await asyncio.to_thread(next, content, None)) is not None:
             at, data = piece
-            await link.send(PageBatch(pid=file.number, starts=(at,), counts=(len(data) // PAGE_BYTES,)), data)
+            await link.send(consecutive(file.number, at, data), data)
             sent += len(data)
         file.sent()
         return sent
